@@ -1,0 +1,53 @@
+//! What a backward pass returns.
+
+use crate::cpu;
+use crate::tensor::{Tensor, TensorId};
+use std::collections::HashMap;
+
+/// Gradients by leaf.
+#[derive(Default)]
+pub struct Gradients(HashMap<TensorId, Tensor>);
+
+impl Gradients {
+    /// The gradient of `leaf`, shaped as it; `None` if the result did not depend on it.
+    pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
+        self.0.get(&leaf.id())
+    }
+
+    /// The gradient of the leaf with this identity.
+    pub fn by_id(&self, id: TensorId) -> Option<&Tensor> {
+        self.0.get(&id)
+    }
+
+    /// Adds `gradient` to that of `id`.
+    pub(crate) fn add(&mut self, id: TensorId, gradient: Tensor) {
+        let total = match self.0.remove(&id) {
+            Some(earlier) => sum(earlier, &gradient),
+            None => gradient,
+        };
+        self.0.insert(id, total);
+    }
+
+    /// Adds the gradients of another pass, as over the parts of a split batch.
+    pub fn accumulate(&mut self, other: Gradients) {
+        // The order within a map does not matter: every leaf is summed on its own.
+        for (id, gradient) in other.0 {
+            self.add(id, gradient);
+        }
+    }
+
+    /// How many leaves have a gradient.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether no leaf has one.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// `a + b`, in the memory of `a` if nothing else shares it.
+pub(super) fn sum(a: Tensor, b: &Tensor) -> Tensor {
+    a.map_in_place(|a| cpu::elementwise::add_assign(a, b.as_slice()))
+}

@@ -1,0 +1,172 @@
+//! Convolution: forward, gradient to the input, gradient to the filter, each as a product over an implicit matrix.
+
+use super::gather::Gather;
+use super::gemm::{Epilogue, PackedB, multiply};
+use super::gemm_transposed::{Order, multiply_transposed};
+use super::simd::Isa;
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+
+/// Below this many input channels the taps of a filter's row are merged into one run over a padded copy of the input:
+/// runs of three floats would leave the micro-kernel mostly overhead.
+const FEW_CHANNELS: usize = 16;
+
+/// Extents of a convolution. The input is `[n, h, w, c]`, filters are `[o, kh, kw, c]`, the output is `[n, oh, ow, o]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ConvShape {
+    /// Images.
+    pub n: usize,
+    /// Input rows.
+    pub h: usize,
+    /// Input columns.
+    pub w: usize,
+    /// Input channels.
+    pub c: usize,
+    /// Output channels.
+    pub o: usize,
+    /// Filter rows.
+    pub kh: usize,
+    /// Filter columns.
+    pub kw: usize,
+    /// Rows and columns between outputs.
+    pub stride: [usize; 2],
+    /// Rows and columns of zeros around the input.
+    pub padding: [usize; 2],
+}
+
+impl ConvShape {
+    /// Output rows and columns. The filter must fit the padded input.
+    pub fn output(&self) -> [usize; 2] {
+        [
+            (self.h + 2 * self.padding[0] - self.kh) / self.stride[0] + 1,
+            (self.w + 2 * self.padding[1] - self.kw) / self.stride[1] + 1,
+        ]
+    }
+
+    /// Multiply-adds of one pass over it, padding included.
+    pub fn multiply_adds(&self) -> usize {
+        let [oh, ow] = self.output();
+        self.n * oh * ow * self.o * self.kh * self.kw * self.c
+    }
+
+    fn merges_taps(&self) -> bool {
+        self.c < FEW_CHANNELS && self.kw > 1
+    }
+
+    /// The patches that outputs see, as rows.
+    fn patches(&self) -> Gather {
+        let (output, [ph, pw]) = (self.output(), self.padding.map(|p| p as isize));
+        let taps = (0..self.kh as isize).flat_map(|y| (0..self.kw as isize).map(move |x| [y - ph, x - pw]));
+        Gather {
+            images: self.n,
+            grid: output,
+            source: [self.h, self.w],
+            pixel: self.c,
+            run: self.c,
+            step: self.stride,
+            taps: taps.collect(),
+            target: output,
+            target_step: [1, 1],
+            target_start: [0, 0],
+        }
+    }
+
+    /// The same rows over the input padded by [`pad`], with one run for each row of the filter.
+    fn merged_patches(&self) -> Gather {
+        Gather {
+            source: [self.h + 2 * self.padding[0], self.w + 2 * self.padding[1]],
+            run: self.kw * self.c,
+            taps: (0..self.kh as isize).map(|y| [y, 0]).collect(),
+            ..self.patches()
+        }
+    }
+}
+
+/// A copy of `x` with its padding written out.
+fn pad(x: &[f32], shape: &ConvShape) -> Scratch<f32> {
+    let [ph, pw] = shape.padding;
+    let (row, padded_row) = (shape.w * shape.c, (shape.w + 2 * pw) * shape.c);
+    let padded_h = shape.h + 2 * ph;
+    let mut out = Scratch::<f32>::take(shape.n * padded_h * padded_row);
+    out.par_chunks_mut(padded_h * padded_row).zip(x.par_chunks(shape.h * row)).for_each(|(out, x)| {
+        out.fill(0.0);
+        for (out, x) in out.chunks_exact_mut(padded_row).skip(ph).zip(x.chunks_exact(row)) {
+            out[pw * shape.c..][..row].copy_from_slice(x);
+        }
+    });
+    out
+}
+
+/// Filters `[o, kh, kw, c]` packed for [`forward`].
+pub fn pack_filter(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB {
+    PackedB::from_columns(isa, filter, shape.kh * shape.kw * shape.c, shape.o)
+}
+
+/// `y = epilogue(conv(x, filter))`.
+pub fn forward(x: &[f32], filter: &PackedB, shape: &ConvShape, epilogue: Epilogue, y: &mut [f32]) {
+    if shape.merges_taps() {
+        multiply(&pad(x, shape), &shape.merged_patches(), filter, y, epilogue);
+    } else {
+        multiply(x, &shape.patches(), filter, y, epilogue);
+    }
+}
+
+/// Gradient to the input. Input positions that agree modulo the stride see the same taps of the filter: each such class is
+/// a convolution of `dy` with stride one, so a stride wastes no work on taps that fall between outputs.
+pub fn backward_input(isa: Isa, dy: &[f32], filter: &[f32], shape: &ConvShape, dx: &mut [f32]) {
+    let classes = stride_classes(shape);
+    if classes.iter().any(|(taps, _)| taps.is_empty()) {
+        dx.fill(0.0);
+    }
+    for (taps, gather) in classes.iter().filter(|(taps, gather)| !taps.is_empty() && gather.rows() > 0) {
+        // Row (tap, o) of the packed matrix is the filter's run of input channels at [o][tap].
+        let tap_count = shape.kh * shape.kw;
+        let start = |k: usize| ((k % shape.o) * tap_count + taps[k / shape.o]) * shape.c;
+        let packed = PackedB::from_rows(isa, filter, taps.len() * shape.o, shape.c, start);
+        multiply(dy, gather, &packed, dx, Epilogue::default());
+    }
+}
+
+/// For every residue of an input position modulo the stride, the taps that reach it and where they read `dy`.
+fn stride_classes(shape: &ConvShape) -> Vec<(Vec<usize>, Gather)> {
+    let output = shape.output();
+    let ([sh, sw], [ph, pw]) = (shape.stride, shape.padding);
+    let mut classes = Vec::with_capacity(sh * sw);
+    for (ry, rx) in (0..sh).flat_map(|y| (0..sw).map(move |x| (y, x))) {
+        let mut taps = Vec::new();
+        let mut displacements = Vec::new();
+        for (y, x) in (0..shape.kh).flat_map(|y| (0..shape.kw).map(move |x| (y, x))) {
+            // Output row (ry + ph - y) / sh, when that is whole; the remainder is taken before the sign can matter.
+            if (ry + ph + sh * shape.kh - y).is_multiple_of(sh) && (rx + pw + sw * shape.kw - x).is_multiple_of(sw) {
+                taps.push(y * shape.kw + x);
+                let exact = |r: usize, p: usize, k: usize, s: usize| ((r + p) as isize - k as isize) / s as isize;
+                displacements.push([exact(ry, ph, y, sh), exact(rx, pw, x, sw)]);
+            }
+        }
+        let gather = Gather {
+            images: shape.n,
+            grid: [(shape.h + sh - 1 - ry) / sh, (shape.w + sw - 1 - rx) / sw],
+            source: output,
+            pixel: shape.o,
+            run: shape.o,
+            step: [1, 1],
+            taps: displacements,
+            target: [shape.h, shape.w],
+            target_step: shape.stride,
+            target_start: [ry, rx],
+        };
+        classes.push((taps, gather));
+    }
+    classes
+}
+
+/// Gradient to the filter, `[o, kh, kw, c]`.
+pub fn backward_filter(isa: Isa, x: &[f32], dy: &[f32], shape: &ConvShape, dfilter: &mut [f32]) {
+    if shape.merges_taps() {
+        let padded = pad(x, shape);
+        multiply_transposed(isa, &padded, &shape.merged_patches(), dy, shape.o, dfilter, Order::ColumnMajor);
+    } else {
+        multiply_transposed(isa, x, &shape.patches(), dy, shape.o, dfilter, Order::ColumnMajor);
+    }
+}

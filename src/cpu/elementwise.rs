@@ -1,0 +1,84 @@
+//! Elementwise maps and full reductions.
+
+use super::simd::vectorised;
+use rayon::prelude::*;
+
+/// Elements a task works on; two or three such pieces fit L2.
+const CHUNK: usize = 1 << 15;
+
+/// `y = relu(x)`; NaN stays NaN.
+pub fn relu(x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| relu_chunk(x, y));
+}
+
+/// `dy *= (y > 0)`, where `y` is what [`relu`] gave.
+pub fn relu_backward(y: &[f32], dy: &mut [f32]) {
+    dy.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(dy, y)| relu_backward_chunk(y, dy));
+}
+
+/// `c = a + b`.
+pub fn add(a: &[f32], b: &[f32], c: &mut [f32]) {
+    c.par_chunks_mut(CHUNK)
+        .zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)))
+        .for_each(|(c, (a, b))| add_chunk(a, b, c));
+}
+
+/// `a += b`.
+pub fn add_assign(a: &mut [f32], b: &[f32]) {
+    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| add_assign_chunk(a, b));
+}
+
+/// `x *= factor`.
+pub fn scale(x: &mut [f32], factor: f32) {
+    x.par_chunks_mut(CHUNK).for_each(|x| scale_chunk(x, factor));
+}
+
+/// Sum of all elements, in f64: pieces in parallel, then the pieces in order.
+pub fn sum(x: &[f32]) -> f64 {
+    let parts: Vec<f64> = x.par_chunks(CHUNK).map(sum_chunk).collect();
+    parts.into_iter().sum()
+}
+
+vectorised! {
+    fn relu_chunk(x: &[f32], y: &mut [f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = if x < 0.0 { 0.0 } else { x };
+        }
+    }
+
+    fn relu_backward_chunk(y: &[f32], dy: &mut [f32]) {
+        for (dy, &y) in dy.iter_mut().zip(y) {
+            *dy = if y <= 0.0 { 0.0 } else { *dy };
+        }
+    }
+
+    fn add_chunk(a: &[f32], b: &[f32], c: &mut [f32]) {
+        for ((c, &a), &b) in c.iter_mut().zip(a).zip(b) {
+            *c = a + b;
+        }
+    }
+
+    fn add_assign_chunk(a: &mut [f32], b: &[f32]) {
+        for (a, &b) in a.iter_mut().zip(b) {
+            *a += b;
+        }
+    }
+
+    fn scale_chunk(x: &mut [f32], factor: f32) {
+        for x in x {
+            *x *= factor;
+        }
+    }
+
+    fn sum_chunk(x: &[f32]) -> f64 {
+        // Independent sums, so that the additions need not wait for each other.
+        let mut lanes = [0.0f64; 8];
+        let (blocks, rest) = x.as_chunks::<8>();
+        for block in blocks {
+            for (lane, &x) in lanes.iter_mut().zip(block) {
+                *lane += f64::from(x);
+            }
+        }
+        lanes.into_iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x)).sum::<f64>()
+    }
+}

@@ -1,0 +1,24 @@
+//! CPU kernels: plain functions over slices and a parameter struct, parallel on rayon's current pool.
+//!
+//! Work is cut by problem size, never by the number of threads, and sums of parts are added in a fixed order, so that the
+//! bits of a result do not depend on how many threads there are.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod conv;
+pub mod elementwise;
+pub mod gather;
+pub mod gemm;
+pub mod gemm_transposed;
+pub mod loss;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+pub mod norm;
+pub mod optim;
+pub mod pool;
+mod portable;
+mod simd;
+
+pub use simd::Isa;

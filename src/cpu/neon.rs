@@ -1,0 +1,53 @@
+//! NEON: 32 registers of 4 f32. A 6x16 tile takes 24 accumulators, 4 columns of B and one broadcast.
+
+use super::simd::{Simd, Task};
+use std::arch::aarch64::*;
+
+/// Proof of NEON, which every 64-bit Arm target of Rust's standard library has.
+#[derive(Clone, Copy)]
+pub struct Neon(());
+
+/// Runs `task` with NEON.
+#[inline]
+pub(super) fn run<T: Task>(task: T) -> T::Output {
+    task.run(Neon(()))
+}
+
+// SAFETY: NEON is part of the target's baseline.
+unsafe impl Simd for Neon {
+    type V = float32x4_t;
+    const LANES: usize = 4;
+    const VECTORS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vdupq_n_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> float32x4_t {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { vld1q_f32(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: float32x4_t) {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { vst1q_f32(p, v) }
+    }
+    #[inline(always)]
+    fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vaddq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+    #[inline(always)]
+    fn relu(self, v: float32x4_t) -> float32x4_t {
+        // FMAX returns NaN when either operand is NaN.
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vmaxq_f32(vdupq_n_f32(0.0), v) }
+    }
+}

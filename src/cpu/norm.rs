@@ -1,0 +1,151 @@
+//! Batch normalisation over the rows of `[rows, channels]`: every pixel of every image is a row.
+//!
+//! Ioffe and Szegedy, "Batch normalization", 2015. Statistics are taken in two passes over pieces that stay in cache, and
+//! pieces are combined in f64 with Chan, Golub and LeVeque's update (1979), so that a large mean does not cancel a small
+//! variance.
+
+use super::simd::vectorised;
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+
+/// Floats a task works on.
+const CHUNK: usize = 1 << 15;
+
+/// Floats in as many whole rows as fit a chunk.
+fn chunk_of(channels: usize) -> usize {
+    (CHUNK / channels.max(1)).max(1) * channels
+}
+
+/// Mean and biased variance of every channel.
+pub fn statistics(x: &[f32], mean: &mut [f32], variance: &mut [f32]) {
+    let channels = mean.len();
+    let chunk = chunk_of(channels);
+    let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
+    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk)).for_each(|(part, x)| {
+        let (mean, squares) = part.split_at_mut(channels);
+        chunk_statistics(x, mean, squares);
+    });
+    for channel in 0..channels {
+        let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
+        for (part, x) in parts.chunks_exact(2 * channels).zip(x.chunks(chunk)) {
+            let rows = (x.len() / channels) as f64;
+            let delta = f64::from(part[channel]) - total;
+            squares += f64::from(part[channels + channel]) + delta * delta * count * rows / (count + rows);
+            total += delta * rows / (count + rows);
+            count += rows;
+        }
+        mean[channel] = total as f32;
+        variance[channel] = (squares / count) as f32;
+    }
+}
+
+/// `y = x * scale + shift`, channel by channel.
+pub fn affine(x: &[f32], scale: &[f32], shift: &[f32], y: &mut [f32]) {
+    let chunk = chunk_of(scale.len());
+    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| affine_chunk(x, scale, shift, y));
+}
+
+/// For every channel the sums of `dy` and of `dy * (x - mean) * rstd`: the gradients to shift and scale.
+pub fn parameter_gradients(
+    x: &[f32],
+    dy: &[f32],
+    mean: &[f32],
+    rstd: &[f32],
+    dscale: &mut [f32],
+    dshift: &mut [f32],
+) {
+    let channels = mean.len();
+    let chunk = chunk_of(channels);
+    let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
+    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk))).for_each(
+        |(part, (x, dy))| {
+            let (sum, product) = part.split_at_mut(channels);
+            chunk_products(x, dy, mean, sum, product);
+        },
+    );
+    for channel in 0..channels {
+        let total = |i: usize| parts.chunks_exact(2 * channels).map(|part| f64::from(part[i])).sum::<f64>();
+        dshift[channel] = total(channel) as f32;
+        dscale[channel] = (total(channels + channel) * f64::from(rstd[channel])) as f32;
+    }
+}
+
+/// `dy = a * dy + b * x + c`, channel by channel.
+pub fn backward_input(x: &[f32], a: &[f32], b: &[f32], c: &[f32], dy: &mut [f32]) {
+    let chunk = chunk_of(a.len());
+    dy.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(dy, x)| backward_chunk(x, a, b, c, dy));
+}
+
+/// For every channel the sum over rows; the gradient to a bias.
+pub fn column_sums(x: &[f32], sums: &mut [f32]) {
+    let channels = sums.len();
+    let chunk = chunk_of(channels);
+    let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * channels);
+    parts.par_chunks_mut(channels).zip(x.par_chunks(chunk)).for_each(|(sums, x)| {
+        sums.fill(0.0);
+        add_rows(x, sums);
+    });
+    for (channel, sum) in sums.iter_mut().enumerate() {
+        *sum = parts.chunks_exact(channels).map(|part| f64::from(part[channel])).sum::<f64>() as f32;
+    }
+}
+
+vectorised! {
+    fn add_rows(x: &[f32], sums: &mut [f32]) {
+        for row in x.chunks_exact(sums.len()) {
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum += x;
+            }
+        }
+    }
+
+    fn chunk_statistics(x: &[f32], mean: &mut [f32], squares: &mut [f32]) {
+        let channels = mean.len();
+        mean.fill(0.0);
+        squares.fill(0.0);
+        for row in x.chunks_exact(channels) {
+            for (mean, &x) in mean.iter_mut().zip(row) {
+                *mean += x;
+            }
+        }
+        let rows = (x.len() / channels) as f32;
+        for mean in mean.iter_mut() {
+            *mean /= rows;
+        }
+        for row in x.chunks_exact(channels) {
+            for ((squares, &mean), &x) in squares.iter_mut().zip(mean.iter()).zip(row) {
+                *squares += (x - mean) * (x - mean);
+            }
+        }
+    }
+
+    fn affine_chunk(x: &[f32], scale: &[f32], shift: &[f32], y: &mut [f32]) {
+        let channels = scale.len();
+        for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+            for (((y, &x), &scale), &shift) in y.iter_mut().zip(x).zip(scale).zip(shift) {
+                *y = x * scale + shift;
+            }
+        }
+    }
+
+    fn chunk_products(x: &[f32], dy: &[f32], mean: &[f32], sum: &mut [f32], product: &mut [f32]) {
+        let channels = mean.len();
+        sum.fill(0.0);
+        product.fill(0.0);
+        for (x, dy) in x.chunks_exact(channels).zip(dy.chunks_exact(channels)) {
+            for ((((sum, product), &x), &dy), &mean) in sum.iter_mut().zip(product.iter_mut()).zip(x).zip(dy).zip(mean) {
+                *sum += dy;
+                *product += dy * (x - mean);
+            }
+        }
+    }
+
+    fn backward_chunk(x: &[f32], a: &[f32], b: &[f32], c: &[f32], dy: &mut [f32]) {
+        let channels = a.len();
+        for (dy, x) in dy.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+            for ((((dy, &x), &a), &b), &c) in dy.iter_mut().zip(x).zip(a).zip(b).zip(c) {
+                *dy = a * *dy + (b * x + c);
+            }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Pooling over `[n, h, w, c]`.
+
+use super::simd::vectorised;
+use rayon::prelude::*;
+
+/// Extents of a max pooling; padding is never the maximum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct PoolShape {
+    /// Images.
+    pub n: usize,
+    /// Input rows.
+    pub h: usize,
+    /// Input columns.
+    pub w: usize,
+    /// Channels.
+    pub c: usize,
+    /// Rows and columns of the window.
+    pub kernel: usize,
+    /// Rows and columns between windows.
+    pub stride: usize,
+    /// Rows and columns around the input; at most half the window.
+    pub padding: usize,
+}
+
+impl PoolShape {
+    /// Output rows and columns.
+    pub fn output(&self) -> [usize; 2] {
+        [self.h, self.w].map(|extent| (extent + 2 * self.padding - self.kernel) / self.stride + 1)
+    }
+
+    /// Input coordinates along one axis that window `i` covers, with their place in the window.
+    fn covered(&self, i: usize, extent: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let first = i * self.stride;
+        let padding = self.padding;
+        (0..self.kernel).filter_map(move |k| Some((k, (first + k).checked_sub(padding)?))).filter(move |&(_, p)| p < extent)
+    }
+
+    /// Windows along one axis that cover input coordinate `p`, with its place in each.
+    fn covering(&self, p: usize, windows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (kernel, stride, position) = (self.kernel, self.stride, p + self.padding);
+        let first = (position + 1).saturating_sub(kernel).div_ceil(stride);
+        let last = (position / stride + 1).min(windows);
+        (first..last).map(move |window| (position - window * stride, window))
+    }
+}
+
+/// Maxima of windows, and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
+/// greater than any number, as in PyTorch.
+pub fn max_pool(x: &[f32], shape: &PoolShape, y: &mut [f32], places: &mut [u8]) {
+    let ([oh, ow], c) = (shape.output(), shape.c);
+    let rows = y.par_chunks_mut(ow * c).zip(places.par_chunks_mut(ow * c)).enumerate();
+    rows.for_each(|(row, (y, places))| {
+        let (n, oy) = (row / oh, row % oh);
+        for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
+            y.fill(f32::NEG_INFINITY);
+            places.fill(u8::MAX);
+            for (ky, iy) in shape.covered(oy, shape.h) {
+                for (kx, ix) in shape.covered(ox, shape.w) {
+                    let x = &x[((n * shape.h + iy) * shape.w + ix) * c..][..c];
+                    take_maximum(x, (ky * shape.kernel + kx) as u8, y, places);
+                }
+            }
+        }
+    });
+}
+
+/// Gradient to the input: each input position collects from the windows it is the maximum of.
+pub fn max_pool_backward(dy: &[f32], places: &[u8], shape: &PoolShape, dx: &mut [f32]) {
+    let ([oh, ow], c) = (shape.output(), shape.c);
+    dx.par_chunks_mut(shape.w * c).enumerate().for_each(|(row, dx)| {
+        let (n, iy) = (row / shape.h, row % shape.h);
+        dx.fill(0.0);
+        for (ix, dx) in dx.chunks_exact_mut(c).enumerate() {
+            for (ky, oy) in shape.covering(iy, oh) {
+                for (kx, ox) in shape.covering(ix, ow) {
+                    let at = ((n * oh + oy) * ow + ox) * c;
+                    let place = (ky * shape.kernel + kx) as u8;
+                    add_where(&dy[at..][..c], &places[at..][..c], place, dx);
+                }
+            }
+        }
+    });
+}
+
+/// Mean over the pixels of each image, `[n, pixels, c]` to `[n, c]`.
+pub fn global_average(x: &[f32], pixels: usize, c: usize, y: &mut [f32]) {
+    y.par_chunks_mut(c).zip(x.par_chunks(pixels * c)).for_each(|(y, x)| average_rows(x, y));
+}
+
+/// Gradient to the input of [`global_average`].
+pub fn global_average_backward(dy: &[f32], pixels: usize, c: usize, dx: &mut [f32]) {
+    dx.par_chunks_mut(pixels * c).zip(dy.par_chunks(c)).for_each(|(dx, dy)| {
+        for dx in dx.chunks_exact_mut(c) {
+            dx.iter_mut().zip(dy).for_each(|(dx, &dy)| *dx = dy / pixels as f32);
+        }
+    });
+}
+
+vectorised! {
+    fn take_maximum(x: &[f32], place: u8, y: &mut [f32], places: &mut [u8]) {
+        for ((y, places), &x) in y.iter_mut().zip(places).zip(x) {
+            // The first place is taken whatever it holds, so that a window of -inf has a maximum too.
+            let greater = x > *y || x.is_nan() || *places == u8::MAX;
+            *y = if greater { x } else { *y };
+            *places = if greater { place } else { *places };
+        }
+    }
+
+    fn add_where(dy: &[f32], places: &[u8], place: u8, dx: &mut [f32]) {
+        for ((dx, &dy), &p) in dx.iter_mut().zip(dy).zip(places) {
+            *dx += if p == place { dy } else { 0.0 };
+        }
+    }
+
+    fn average_rows(x: &[f32], y: &mut [f32]) {
+        let c = y.len();
+        y.fill(0.0);
+        for row in x.chunks_exact(c) {
+            for (y, &x) in y.iter_mut().zip(row) {
+                *y += x;
+            }
+        }
+        let pixels = (x.len() / c) as f32;
+        for y in y {
+            *y /= pixels;
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Plain Rust: arrays of 4 f32, which the compiler turns into whatever the target's baseline has.
+
+use super::simd::{Simd, Task};
+
+/// Needs nothing.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+/// Runs `task` with the target's baseline.
+#[inline]
+pub(super) fn run<T: Task>(task: T) -> T::Output {
+    task.run(Portable)
+}
+
+// SAFETY: plain Rust runs everywhere.
+unsafe impl Simd for Portable {
+    type V = [f32; 4];
+    const LANES: usize = 4;
+    const VECTORS: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 4] {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> [f32; 4] {
+        // SAFETY: the caller vouches for `p`; an array of f32 has the alignment of f32.
+        unsafe { p.cast::<[f32; 4]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: [f32; 4]) {
+        // SAFETY: the caller vouches for `p`; an array of f32 has the alignment of f32.
+        unsafe { p.cast::<[f32; 4]>().write(v) }
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        // Not f32::mul_add: without the instruction that is a call into the C library for every lane.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn relu(self, v: [f32; 4]) -> [f32; 4] {
+        v.map(|x| if x < 0.0 { 0.0 } else { x })
+    }
+}

@@ -1,0 +1,170 @@
+//! One vector interface, four instruction sets.
+//!
+//! A kernel is written once, generic over [`Simd`], as a [`Task`]; [`dispatch`] runs it inside a function compiled for the
+//! chosen instruction set. Everything between the two is `#[inline(always)]`, so the compiler sees plain intrinsics.
+//! Loops that the compiler vectorises by itself need no vector type: [`vectorised!`] compiles them once per instruction
+//! set. Plain arithmetic is never contracted to fused multiply-adds by the compiler, so such loops give the same bits on
+//! every instruction set; only kernels that call [`Simd::mul_add`] differ in the last place between them.
+
+use std::sync::OnceLock;
+
+/// An instruction set hone has kernels for, slowest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every machine of the target has.
+    Portable,
+    /// 128-bit vectors of 64-bit Arm.
+    Neon,
+    /// 256-bit vectors with fused multiply-add.
+    Avx2,
+    /// 512-bit vectors (F, BW, DQ and VL).
+    Avx512,
+}
+
+impl Isa {
+    /// The names `$HONE_ISA` takes.
+    pub const NAMES: [(&'static str, Isa); 4] =
+        [("portable", Isa::Portable), ("neon", Isa::Neon), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512)];
+
+    /// Whether this machine can run it.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_supported()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// Every instruction set of this machine, slowest first.
+    pub fn supported() -> impl Iterator<Item = Isa> {
+        Self::NAMES.into_iter().map(|(_, isa)| isa).filter(|isa| isa.is_supported())
+    }
+
+    /// The one in use: `$HONE_ISA` if it names one that this machine has, else the fastest.
+    pub fn current() -> Isa {
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| {
+            let wanted = std::env::var("HONE_ISA").ok();
+            let named = Self::NAMES.into_iter().find(|(name, _)| Some(*name) == wanted.as_deref());
+            match named.filter(|(_, isa)| isa.is_supported()) {
+                Some((_, isa)) => isa,
+                None => Self::supported().last().unwrap_or(Isa::Portable),
+            }
+        })
+    }
+
+    /// Columns of a micro-kernel's tile: the vectors of a row times the lanes of a vector.
+    pub fn tile_columns(self) -> usize {
+        match self {
+            Isa::Portable => 8,
+            Isa::Neon | Isa::Avx2 => 16,
+            Isa::Avx512 => 64,
+        }
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = Self::NAMES.iter().find(|(_, isa)| isa == self).map_or("?", |(name, _)| name);
+        f.write_str(name)
+    }
+}
+
+/// A vector of `LANES` f32 and the few operations the micro-kernels need.
+///
+/// # Safety
+/// A value of an implementing type may exist only where its instruction set does: [`dispatch`] makes them.
+pub unsafe trait Simd: Copy + Send + Sync + 'static {
+    /// The vector register.
+    type V: Copy;
+    /// f32 in a register.
+    const LANES: usize;
+    /// Registers in a row of the micro-kernel's tile, so that the tile fills the register file.
+    const VECTORS: usize;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// `LANES` values from `p`, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` f32.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    /// `LANES` values to `p`, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` f32.
+    unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the instruction set can.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
+    fn relu(self, v: Self::V) -> Self::V;
+}
+
+/// A piece of work that runs on one thread with one instruction set. Mark `run` `#[inline(always)]`.
+pub trait Task {
+    /// What it gives back.
+    type Output;
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `task` compiled for `isa`; `isa` must be supported here (the portable code runs if it is not).
+#[inline]
+pub fn dispatch<T: Task>(isa: Isa, task: T) -> T::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 if isa.is_supported() => super::avx512::run(task),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if isa.is_supported() => super::avx2::run(task),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => super::neon::run(task),
+        _ => super::portable::run(task),
+    }
+}
+
+/// Defines functions whose loops the compiler vectorises by itself, compiled once per instruction set; a call takes the
+/// version for [`Isa::current`]. Meant for the inner loop over one contiguous piece, not for a whole parallel operation.
+macro_rules! vectorised {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+            match $crate::cpu::Isa::current() {
+                // SAFETY: `Isa::current` gives what the machine has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                _ => body($($arg),*),
+            }
+        }
+    )*};
+}
+pub(crate) use vectorised;

@@ -1,0 +1,183 @@
+//! Layers: parameters together with the operation that uses them.
+
+use super::init;
+use super::parameter::Parameter;
+use crate::autograd;
+use crate::error::Result;
+use crate::ops::{self, Conv2dParams, FusedConv2d};
+use crate::tensor::Tensor;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// PyTorch's defaults.
+const EPS: f32 = 1e-5;
+const MOMENTUM: f32 = 0.1;
+
+/// A fully connected layer.
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Arc<Parameter>,
+    /// `[out]`.
+    pub bias: Arc<Parameter>,
+}
+
+impl Linear {
+    /// Initialised as `torch.nn.Linear`: uniform within `1 / sqrt(in)`. `name` is the prefix of the parameters' names.
+    pub fn new(name: &str, inputs: usize, outputs: usize, seed: u64) -> Self {
+        let bound = 1.0 / (inputs as f32).sqrt();
+        let uniform = |suffix: &str, shape: &[usize]| {
+            let name = format!("{name}.{suffix}");
+            let value = init::uniform(shape, bound, seed, &name);
+            Arc::new(Parameter::new(name, value))
+        };
+        Linear { weight: uniform("weight", &[outputs, inputs]), bias: uniform("bias", &[outputs]) }
+    }
+
+    /// `[N, in]` to `[N, out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(x, &self.weight.tensor(), Some(&self.bias.tensor()))
+    }
+}
+
+/// Batch normalisation with running statistics.
+pub struct BatchNorm2d {
+    /// Scale, `[C]`.
+    pub weight: Arc<Parameter>,
+    /// Shift, `[C]`.
+    pub bias: Arc<Parameter>,
+    /// Running mean, `[C]`.
+    pub running_mean: Arc<Parameter>,
+    /// Running unbiased variance, `[C]`.
+    pub running_var: Arc<Parameter>,
+    /// Batches that went into the running statistics.
+    pub num_batches_tracked: AtomicI64,
+    name: String,
+    batch_statistics: AtomicBool,
+}
+
+impl BatchNorm2d {
+    fn new(name: String, channels: usize) -> Self {
+        let vector = |suffix: &str, value: f32| {
+            Arc::new(Parameter::new(format!("{name}.{suffix}"), Tensor::full([channels], value)))
+        };
+        BatchNorm2d {
+            weight: vector("weight", 1.0),
+            bias: vector("bias", 0.0),
+            running_mean: vector("running_mean", 0.0),
+            running_var: vector("running_var", 1.0),
+            num_batches_tracked: AtomicI64::new(0),
+            batch_statistics: AtomicBool::new(false),
+            name,
+        }
+    }
+
+    /// Prefix of its tensors' names.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether training normalises by the batch and updates the running statistics, or uses the stored ones.
+    pub fn use_batch_statistics(&self, batch: bool) {
+        self.batch_statistics.store(batch, Ordering::Relaxed);
+    }
+
+    fn takes_batch_statistics(&self, training: bool) -> bool {
+        training && self.batch_statistics.load(Ordering::Relaxed)
+    }
+
+    fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {
+        let (gamma, beta) = (self.weight.tensor(), self.bias.tensor());
+        if !self.takes_batch_statistics(training) {
+            let (mean, variance) = (self.running_mean.tensor(), self.running_var.tensor());
+            return ops::batch_norm_stored(x, &gamma, &beta, &mean, &variance, EPS);
+        }
+        let (y, statistics) = ops::batch_norm(x, &gamma, &beta, EPS)?;
+        let unbiased = statistics.count as f32 / (statistics.count - 1) as f32;
+        blend(&self.running_mean, &statistics.mean, 1.0);
+        blend(&self.running_var, &statistics.variance, unbiased);
+        self.num_batches_tracked.fetch_add(1, Ordering::Relaxed);
+        Ok(y)
+    }
+
+    /// The affine map that stored statistics amount to.
+    fn scale_and_shift(&self) -> (Vec<f32>, Vec<f32>) {
+        let [gamma, beta, mean, variance] =
+            [&self.weight, &self.bias, &self.running_mean, &self.running_var].map(|p| p.tensor());
+        let rstd = ops::reciprocal_deviation(variance.as_slice(), EPS);
+        ops::scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd)
+    }
+}
+
+/// `running = (1 - momentum) * running + momentum * factor * batch`.
+fn blend(running: &Parameter, batch: &Tensor, factor: f32) {
+    running.update(|running| {
+        for (running, batch) in running.iter_mut().zip(batch.as_slice::<f32>()) {
+            *running = (1.0 - MOMENTUM) * *running + MOMENTUM * (batch * factor);
+        }
+    });
+}
+
+/// A convolution without bias and the batch norm after it, the unit that residual networks are made of.
+pub struct ConvBn {
+    /// Filters, `[O, KH, KW, I]`.
+    pub weight: Arc<Parameter>,
+    /// The norm after it.
+    pub bn: BatchNorm2d,
+    params: Conv2dParams,
+    /// The two folded into one kernel, and the versions it was made from.
+    fused: Mutex<Option<(u64, Arc<FusedConv2d>)>>,
+}
+
+impl ConvBn {
+    /// Filters drawn as torchvision does (He et al., 2015, by fan-out). `conv` and `bn` are prefixes of names; `shape` is
+    /// `[O, KH, KW, I]`.
+    pub fn new(conv: &str, bn: &str, shape: [usize; 4], params: Conv2dParams, seed: u64) -> Self {
+        let name = format!("{conv}.weight");
+        let std = (2.0 / (shape[0] * shape[1] * shape[2]) as f32).sqrt();
+        let weight = init::normal(&shape, std, seed, &name);
+        ConvBn {
+            weight: Arc::new(Parameter::new(name, weight)),
+            bn: BatchNorm2d::new(bn.to_string(), shape[0]),
+            params,
+            fused: Mutex::new(None),
+        }
+    }
+
+    /// The trained parameters.
+    pub fn parameters(&self) -> [&Arc<Parameter>; 3] {
+        [&self.weight, &self.bn.weight, &self.bn.bias]
+    }
+
+    /// `relu(bn(conv(x)) + residual)`, the last two if asked for: one kernel where nothing needs a gradient and the
+    /// statistics are stored, separate operations otherwise.
+    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, relu: bool, training: bool) -> Result<Tensor> {
+        let inputs_need = x.requires_grad() || residual.is_some_and(Tensor::requires_grad);
+        let parameters_need = autograd::is_enabled() && self.parameters().iter().any(|p| p.is_trainable());
+        if !inputs_need && !parameters_need && !self.bn.takes_batch_statistics(training) {
+            return ops::fused_conv2d(x, &*self.fused()?, residual, relu);
+        }
+        let mut y = ops::conv2d(x, &self.weight.tensor(), None, self.params)?;
+        y = self.bn.forward(&y, training)?;
+        if let Some(residual) = residual {
+            y = ops::add(&y, residual)?;
+        }
+        if relu { ops::relu(&y) } else { Ok(y) }
+    }
+
+    fn fused(&self) -> Result<Arc<FusedConv2d>> {
+        let bn = &self.bn;
+        // Versions only grow, so that their sum changes whenever one does.
+        let sources = [&self.weight, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var];
+        let version = sources.iter().map(|p| p.version()).sum();
+        let mut cache = self.fused.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match &*cache {
+            Some((made_from, fused)) if *made_from == version => Ok(fused.clone()),
+            _ => {
+                let (scale, shift) = bn.scale_and_shift();
+                let fused = Arc::new(FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params)?);
+                *cache = Some((version, fused.clone()));
+                Ok(fused)
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Layers and the network.
+
+mod init;
+mod layers;
+mod parameter;
+mod resnet;
+
+pub use layers::{BatchNorm2d, ConvBn, Linear};
+pub use parameter::Parameter;
+pub use resnet::{FEATURES, MIN_IMAGE_SIZE, ResNet18, Stage};

@@ -1,0 +1,185 @@
+//! ResNet-18 (He, Zhang, Ren and Sun, "Deep residual learning", 2015) with torchvision's names and layout.
+
+use super::layers::{BatchNorm2d, ConvBn, Linear};
+use super::parameter::Parameter;
+use crate::error::{Error, Result};
+use crate::ops::{self, Conv2dParams};
+use crate::tensor::Tensor;
+use std::sync::Arc;
+
+/// Width of the features that the head sees.
+pub const FEATURES: usize = 512;
+/// The smallest image side: the network halves it five times.
+pub const MIN_IMAGE_SIZE: usize = 32;
+
+/// Parts of the network, from the picture to the classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// conv1, bn1, ReLU, max pooling: `[N, H, W, 3]` to `[N, H/4, W/4, 64]`.
+    Stem,
+    /// Two blocks of 64 channels.
+    Layer1,
+    /// Two blocks of 128 channels at half the resolution.
+    Layer2,
+    /// Two blocks of 256 channels at half of that.
+    Layer3,
+    /// Two blocks of 512 channels at half of that.
+    Layer4,
+    /// Global average pooling, `[N, 512]`, and the fully connected layer, `[N, classes]`.
+    Head,
+}
+
+impl Stage {
+    /// All of them, in order.
+    pub const ALL: [Stage; 6] =
+        [Stage::Stem, Stage::Layer1, Stage::Layer2, Stage::Layer3, Stage::Layer4, Stage::Head];
+}
+
+struct BasicBlock {
+    conv1: ConvBn,
+    conv2: ConvBn,
+    downsample: Option<ConvBn>,
+}
+
+impl BasicBlock {
+    fn new(name: &str, inputs: usize, channels: usize, stride: usize, seed: u64) -> Self {
+        let conv = |i: usize, inputs: usize, stride: usize| {
+            let (conv, bn) = (format!("{name}.conv{i}"), format!("{name}.bn{i}"));
+            ConvBn::new(&conv, &bn, [channels, 3, 3, inputs], Conv2dParams::new(stride, 1), seed)
+        };
+        let downsample = (stride != 1 || inputs != channels).then(|| {
+            let (conv, bn) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+            ConvBn::new(&conv, &bn, [channels, 1, 1, inputs], Conv2dParams::new(stride, 0), seed)
+        });
+        BasicBlock { conv1: conv(1, inputs, stride), conv2: conv(2, channels, 1), downsample }
+    }
+
+    fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {
+        let y = self.conv1.forward(x, None, true, training)?;
+        let shortcut = match &self.downsample {
+            Some(downsample) => &downsample.forward(x, None, false, training)?,
+            None => x,
+        };
+        self.conv2.forward(&y, Some(shortcut), true, training)
+    }
+}
+
+/// The network.
+pub struct ResNet18 {
+    stem: ConvBn,
+    layers: [[BasicBlock; 2]; 4],
+    head: Linear,
+}
+
+impl ResNet18 {
+    /// With random values as torchvision draws them; `seed` decides. Everything is frozen at first.
+    pub fn new(classes: usize, seed: u64) -> Self {
+        let layers = [(1, 64, 64, 1), (2, 64, 128, 2), (3, 128, 256, 2), (4, 256, 512, 2)];
+        ResNet18 {
+            stem: ConvBn::new("conv1", "bn1", [64, 7, 7, 3], Conv2dParams::new(2, 3), seed),
+            layers: layers.map(|(i, inputs, channels, stride)| {
+                [
+                    BasicBlock::new(&format!("layer{i}.0"), inputs, channels, stride, seed),
+                    BasicBlock::new(&format!("layer{i}.1"), channels, channels, 1, seed),
+                ]
+            }),
+            head: Linear::new("fc", FEATURES, classes, seed),
+        }
+    }
+
+    /// Number of classes of the head.
+    pub fn classes(&self) -> usize {
+        self.head.bias.shape()[0]
+    }
+
+    /// Replaces the head by a new one with random values.
+    pub fn replace_head(&mut self, classes: usize, seed: u64) {
+        self.head = Linear::new("fc", FEATURES, classes, seed);
+    }
+
+    /// The fully connected layer.
+    pub fn head(&self) -> &Linear {
+        &self.head
+    }
+
+    /// One stage. `training` makes norms that were told so use batch statistics.
+    pub fn stage(&self, stage: Stage, x: &Tensor, training: bool) -> Result<Tensor> {
+        let layer = |i: usize| {
+            let x = self.layers[i][0].forward(x, training)?;
+            self.layers[i][1].forward(&x, training)
+        };
+        match stage {
+            Stage::Stem => {
+                check_images(x)?;
+                ops::max_pool2d(&self.stem.forward(x, None, true, training)?, 3, 2, 1)
+            }
+            Stage::Layer1 => layer(0),
+            Stage::Layer2 => layer(1),
+            Stage::Layer3 => layer(2),
+            Stage::Layer4 => layer(3),
+            Stage::Head => self.head.forward(&ops::global_avg_pool(x)?),
+        }
+    }
+
+    /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.
+    pub fn features(&self, images: &Tensor, training: bool) -> Result<Tensor> {
+        let mut x = images.clone();
+        for stage in &Stage::ALL[..5] {
+            x = self.stage(*stage, &x, training)?;
+        }
+        ops::global_avg_pool(&x)
+    }
+
+    /// Images `[N, H, W, 3]`, normalised, to logits `[N, classes]`.
+    pub fn forward(&self, images: &Tensor, training: bool) -> Result<Tensor> {
+        self.head.forward(&self.features(images, training)?)
+    }
+
+    fn convolutions(&self, stage: Stage) -> Vec<&ConvBn> {
+        match stage {
+            Stage::Stem => vec![&self.stem],
+            Stage::Head => Vec::new(),
+            layer => {
+                let blocks = &self.layers[layer as usize - Stage::Layer1 as usize];
+                blocks.iter().flat_map(|b| [&b.conv1, &b.conv2].into_iter().chain(&b.downsample)).collect()
+            }
+        }
+    }
+
+    /// The parameters of a stage, in torchvision's order.
+    pub fn parameters(&self, stage: Stage) -> Vec<Arc<Parameter>> {
+        match stage {
+            Stage::Head => vec![self.head.weight.clone(), self.head.bias.clone()],
+            _ => self.convolutions(stage).into_iter().flat_map(|c| c.parameters().map(Arc::clone)).collect(),
+        }
+    }
+
+    /// The batch norms of a stage.
+    pub fn batch_norms(&self, stage: Stage) -> impl Iterator<Item = &BatchNorm2d> {
+        self.convolutions(stage).into_iter().map(|conv| &conv.bn)
+    }
+
+    /// Trains the stages that `trained` accepts and freezes the others.
+    pub fn set_trainable(&self, trained: impl Fn(Stage) -> bool) {
+        for stage in Stage::ALL {
+            self.parameters(stage).iter().for_each(|p| p.set_trainable(trained(stage)));
+        }
+    }
+
+    /// In training, batch statistics for the norms of the stages that `batch` accepts, stored ones for the others.
+    pub fn use_batch_statistics(&self, batch: impl Fn(Stage) -> bool) {
+        for stage in Stage::ALL {
+            self.batch_norms(stage).for_each(|bn| bn.use_batch_statistics(batch(stage)));
+        }
+    }
+}
+
+fn check_images(images: &Tensor) -> Result<()> {
+    match *images.dims() {
+        [_, h, w, 3] if h >= MIN_IMAGE_SIZE && w >= MIN_IMAGE_SIZE => Ok(()),
+        _ => {
+            let expected = format!("images [N, H, W, 3] of {MIN_IMAGE_SIZE} pixels a side at least");
+            Err(Error::shape("resnet18", expected, &[images.dims()]))
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Two-dimensional convolution (cross-correlation, as everybody's).
+//!
+//! `y[n, p, q, o] = bias[o] + sum over r, s, c of x[n, p*stride + r - padding, q*stride + s - padding, c] * w[o, r, s, c]`,
+//! with zeros outside the input. All three gradients are convolutions too; `cpu::conv` says how.
+
+use super::{require_f32, require_vector};
+use crate::autograd::record;
+use crate::cpu;
+use crate::cpu::Isa;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::gemm::Epilogue;
+use crate::error::{Error, Result};
+use crate::tensor::{Device, Tensor};
+
+/// Stride and zero padding, for rows and for columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2dParams {
+    /// Input pixels between outputs, at least 1.
+    pub stride: [usize; 2],
+    /// Zeros on each side of the input.
+    pub padding: [usize; 2],
+}
+
+impl Conv2dParams {
+    /// The same for rows and columns.
+    pub fn new(stride: usize, padding: usize) -> Self {
+        Conv2dParams { stride: [stride; 2], padding: [padding; 2] }
+    }
+
+    /// The extents of the convolution of `x` `[n, h, w, c]` with `weight` `[o, kh, kw, c]`, or why there is none.
+    pub(super) fn shape(&self, op: &'static str, x: &Tensor, weight: &[usize]) -> Result<ConvShape> {
+        require_f32(op, &[x])?;
+        let (&[n, h, w, c], &[o, kh, kw, wc]) = (x.dims(), weight) else {
+            return Err(Error::shape(op, "input [N, H, W, C] and filters [O, KH, KW, C]", &[x.dims(), weight]));
+        };
+        let shape = ConvShape { n, h, w, c, o, kh, kw, stride: self.stride, padding: self.padding };
+        if c != wc || [c, o, kh, kw].contains(&0) {
+            return Err(Error::shape(op, "filters of as many channels as the input", &[x.dims(), weight]));
+        }
+        if self.stride.contains(&0) {
+            return Err(Error::Argument { op, problem: format!("stride {:?}, expected at least 1", self.stride) });
+        }
+        if h + 2 * self.padding[0] < kh || w + 2 * self.padding[1] < kw {
+            let expected = format!("a padded input no smaller than the filter (padding {:?})", self.padding);
+            return Err(Error::shape(op, expected, &[x.dims(), weight]));
+        }
+        Ok(shape)
+    }
+}
+
+/// Convolves `x` `[N, H, W, C]` with `weight` `[O, KH, KW, C]` and adds `bias` `[O]`; gives `[N, OH, OW, O]`.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, params: Conv2dParams) -> Result<Tensor> {
+    require_f32("conv2d", &[weight])?;
+    let shape = params.shape("conv2d", x, weight.dims())?;
+    if let Some(bias) = bias {
+        require_vector("conv2d", bias, shape.o)?;
+    }
+    let [oh, ow] = shape.output();
+    let y = match x.device() {
+        Device::Cpu => Tensor::build([shape.n, oh, ow, shape.o], |y| {
+            let packed = cpu::conv::pack_filter(Isa::current(), weight.as_slice(), &shape);
+            let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
+            cpu::conv::forward(x.as_slice(), &packed, &shape, epilogue, y)
+        }),
+    };
+    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    Ok(record("conv2d", y, &inputs, |_| {
+        // Each gradient needs the other operand alone: a frozen filter's input is not kept.
+        let saved_x = weight.requires_grad().then(|| x.detach());
+        let saved_weight = x.requires_grad().then(|| weight.detach());
+        Box::new(move |dy, needs| {
+            let dy_slice = dy.as_slice::<f32>();
+            let isa = Isa::current();
+            let dx = saved_weight.map(|weight| {
+                Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
+                    cpu::conv::backward_input(isa, dy_slice, weight.as_slice(), &shape, dx)
+                })
+            });
+            let dweight = saved_x.map(|x| {
+                Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| {
+                    cpu::conv::backward_filter(isa, x.as_slice(), dy_slice, &shape, dw)
+                })
+            });
+            let mut gradients = vec![dx, dweight];
+            if let Some(&needed) = needs.get(2) {
+                gradients.push(needed.then(|| Tensor::build([shape.o], |db| cpu::norm::column_sums(dy_slice, db))));
+            }
+            Ok(gradients)
+        })
+    }))
+}

@@ -1,0 +1,55 @@
+//! `y = x W^T + b`; `dx = dy W`, `dW = dy^T x`, `db` the column sums of `dy`.
+
+use super::{require_f32, require_vector};
+use crate::autograd::record;
+use crate::cpu::gather::Gather;
+use crate::cpu::gemm::{Epilogue, PackedB, multiply};
+use crate::cpu::gemm_transposed::{Order, multiply_transposed};
+use crate::cpu::{Isa, norm};
+use crate::error::{Error, Result};
+use crate::tensor::{Device, Tensor};
+
+/// A fully connected layer: `x` `[N, in]`, `weight` `[out, in]`, `bias` `[out]`; gives `[N, out]`.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    require_f32("linear", &[x, weight])?;
+    let (n, inputs, outputs) = match (x.dims(), weight.dims()) {
+        (&[n, i], &[o, wi]) if i == wi && i > 0 && o > 0 => (n, i, o),
+        _ => return Err(Error::shape("linear", "[N, IN] and [OUT, IN]", &[x.dims(), weight.dims()])),
+    };
+    if let Some(bias) = bias {
+        require_vector("linear", bias, outputs)?;
+    }
+    let isa = Isa::current();
+    let y = match x.device() {
+        Device::Cpu => Tensor::build([n, outputs], |y| {
+            let packed = PackedB::from_columns(isa, weight.as_slice(), inputs, outputs);
+            let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
+            multiply(x.as_slice(), &Gather::matrix(n, inputs), &packed, y, epilogue)
+        }),
+    };
+    let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    Ok(record("linear", y, &operands, |_| {
+        let saved_x = weight.requires_grad().then(|| x.detach());
+        let saved_weight = x.requires_grad().then(|| weight.detach());
+        Box::new(move |dy, needs| {
+            let dy = dy.as_slice::<f32>();
+            let rows = Gather::matrix(n, outputs);
+            let dx = saved_weight.map(|weight| {
+                Tensor::build([n, inputs], |dx| {
+                    let packed = PackedB::from_rows(isa, weight.as_slice(), outputs, inputs, |row| row * inputs);
+                    multiply(dy, &rows, &packed, dx, Epilogue::default())
+                })
+            });
+            let dweight = saved_x.map(|x| {
+                Tensor::build([outputs, inputs], |dw| {
+                    multiply_transposed(isa, dy, &rows, x.as_slice(), inputs, dw, Order::RowMajor)
+                })
+            });
+            let mut gradients = vec![dx, dweight];
+            if let Some(&needed) = needs.get(2) {
+                gradients.push(needed.then(|| Tensor::build([outputs], |db| norm::column_sums(dy, db))));
+            }
+            Ok(gradients)
+        })
+    }))
+}

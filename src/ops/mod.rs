@@ -1,0 +1,50 @@
+//! Operations on tensors, one file each: the mathematics, the shape check, the forward pass, the backward rule, and the
+//! dispatch to a device.
+//!
+//! Every operation is a function from tensors to a tensor. It is recorded if one of its inputs needs a gradient, and then
+//! keeps alive just what its backward rule reads.
+
+mod add;
+mod batch_norm;
+mod conv2d;
+mod cross_entropy;
+mod fused;
+mod linear;
+mod matmul;
+mod pool;
+mod reduce;
+mod relu;
+mod reshape;
+
+pub use add::add;
+pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_stored};
+pub(crate) use batch_norm::{reciprocal_deviation, scale_and_shift};
+pub use conv2d::{Conv2dParams, conv2d};
+pub use cross_entropy::{CrossEntropy, Reduction, cross_entropy};
+pub use fused::{FusedConv2d, fused_conv2d};
+pub use linear::linear;
+pub use matmul::matmul;
+pub use pool::{global_avg_pool, max_pool2d};
+pub use reduce::{mean, scale, sum};
+pub use relu::relu;
+pub use reshape::reshape;
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// An error unless every tensor holds f32.
+fn require_f32(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.dtype() != DType::F32) {
+        Some(other) => Err(Error::Argument { op, problem: format!("expected F32 elements, got {:?}", other.dtype()) }),
+        None => Ok(()),
+    }
+}
+
+/// An error unless `vector` is `[channels]` of f32.
+fn require_vector(op: &'static str, vector: &Tensor, channels: usize) -> Result<()> {
+    require_f32(op, &[vector])?;
+    if vector.dims() != [channels] {
+        return Err(Error::shape(op, format!("one value a channel, [{channels}]"), &[vector.dims()]));
+    }
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! Max pooling and global average pooling.
+
+use super::require_f32;
+use crate::autograd::record;
+use crate::cpu;
+use crate::cpu::pool::PoolShape;
+use crate::error::{Error, Result};
+use crate::tensor::{Device, Tensor};
+
+/// The maximum of every `kernel` by `kernel` window of `x` `[N, H, W, C]`, `stride` apart; padding is never the maximum.
+/// The gradient goes to the first of equal maxima, as in PyTorch.
+pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
+    require_f32("max_pool2d", &[x])?;
+    let &[n, h, w, c] = x.dims() else {
+        return Err(Error::shape("max_pool2d", "[N, H, W, C]", &[x.dims()]));
+    };
+    // Places in a window are kept as bytes, and 255 is taken.
+    if kernel == 0 || kernel > 15 || stride == 0 || padding > kernel / 2 {
+        let problem = format!(
+            "kernel {kernel}, stride {stride}, padding {padding}: expected a kernel of 1 to 15, a positive stride, padding \
+             of at most half the kernel"
+        );
+        return Err(Error::Argument { op: "max_pool2d", problem });
+    }
+    if h + 2 * padding < kernel || w + 2 * padding < kernel || c == 0 {
+        return Err(Error::shape("max_pool2d", format!("at least one window of {kernel}x{kernel}"), &[x.dims()]));
+    }
+    let shape = PoolShape { n, h, w, c, kernel, stride, padding };
+    let [oh, ow] = shape.output();
+    let dims = [n, oh, ow, c];
+    let (y, places) = match x.device() {
+        Device::Cpu => {
+            let mut y = None;
+            let places = Tensor::build(dims, |places| {
+                y = Some(Tensor::build(dims, |y| cpu::pool::max_pool(x.as_slice(), &shape, y, places)));
+            });
+            (y.expect("just built"), places)
+        }
+    };
+    Ok(record("max_pool2d", y, &[x], |_| {
+        Box::new(move |dy, _| {
+            let dx = Tensor::build([n, h, w, c], |dx| {
+                cpu::pool::max_pool_backward(dy.as_slice(), places.as_slice(), &shape, dx)
+            });
+            Ok(vec![Some(dx)])
+        })
+    }))
+}
+
+/// The mean over the pixels of each image and channel: `[N, H, W, C]` to `[N, C]`.
+pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
+    require_f32("global_avg_pool", &[x])?;
+    let (n, h, w, c) = match *x.dims() {
+        [n, h, w, c] if h * w * c > 0 => (n, h, w, c),
+        _ => return Err(Error::shape("global_avg_pool", "[N, H, W, C] with at least a pixel", &[x.dims()])),
+    };
+    let y = match x.device() {
+        Device::Cpu => Tensor::build([n, c], |y| cpu::pool::global_average(x.as_slice(), h * w, c, y)),
+    };
+    Ok(record("global_avg_pool", y, &[x], |_| {
+        Box::new(move |dy, _| {
+            let dx = Tensor::build([n, h, w, c], |dx| {
+                cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx)
+            });
+            Ok(vec![Some(dx)])
+        })
+    }))
+}

@@ -1,0 +1,20 @@
+//! `y = max(x, 0)`; the gradient passes where the output is positive.
+
+use super::require_f32;
+use crate::autograd::record;
+use crate::cpu;
+use crate::error::Result;
+use crate::tensor::{Device, Tensor};
+
+/// The rectifier. NaN stays NaN.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    require_f32("relu", &[x])?;
+    let y = match x.device() {
+        Device::Cpu => Tensor::build(x.shape().clone(), |y| cpu::elementwise::relu(x.as_slice(), y)),
+    };
+    // The rule keeps the output, which the next layer keeps as well, rather than the input, which nobody else needs.
+    Ok(record("relu", y, &[x], |y| {
+        let y = y.clone();
+        Box::new(move |dy, _| Ok(vec![Some(dy.map_in_place(|dy| cpu::elementwise::relu_backward(y.as_slice(), dy)))]))
+    }))
+}

@@ -1,0 +1,39 @@
+//! Element types.
+
+/// The type of a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit IEEE floating point: activations, parameters, gradients.
+    F32,
+    /// 64-bit signed integers: labels, as PyTorch has them.
+    I64,
+    /// Bytes: pictures before normalisation, indices within a pooling window.
+    U8,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::I64 => 8,
+            DType::U8 => 1,
+        }
+    }
+}
+
+/// Rust types that tensors can hold.
+pub trait Element: bytemuck::Pod + Send + Sync {
+    /// The matching [`DType`].
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for i64 {
+    const DTYPE: DType = DType::I64;
+}
+impl Element for u8 {
+    const DTYPE: DType = DType::U8;
+}

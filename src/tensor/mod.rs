@@ -1,0 +1,205 @@
+//! Tensors: a shape, shared storage on a device, and the history that autograd needs.
+//!
+//! A tensor is contiguous and immutable; cloning shares it. Activations are `[N, H, W, C]`, filters `[O, KH, KW, I]`,
+//! matrices row-major. PyTorch's `NCHW` and `OIHW` exist at the file boundary alone ([`layout`]).
+
+mod dtype;
+pub mod layout;
+pub mod pool;
+mod shape;
+mod storage;
+
+pub use dtype::{DType, Element};
+pub use shape::Shape;
+pub use storage::{CpuBuffer, Device, Storage};
+
+use crate::autograd::{Edge, History};
+use crate::error::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Identifies a tensor, or a parameter through all its updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorId(u64);
+
+impl TensorId {
+    /// An identity that no other tensor has.
+    pub fn fresh() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        TensorId(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A contiguous, immutable n-dimensional array. Cloning is cheap and shares the elements.
+#[derive(Clone)]
+pub struct Tensor(Arc<Inner>);
+
+struct Inner {
+    id: TensorId,
+    shape: Shape,
+    storage: Arc<Storage>,
+    history: History,
+}
+
+impl Tensor {
+    /// The one constructor: everything else ends here.
+    pub(crate) fn from_parts(id: TensorId, shape: Shape, storage: Arc<Storage>, history: History) -> Self {
+        Tensor(Arc::new(Inner { id, shape, storage, history }))
+    }
+
+    /// A tensor without history around a buffer that a kernel has filled.
+    pub(crate) fn from_buffer(shape: impl Into<Shape>, buffer: CpuBuffer) -> Self {
+        Self::from_parts(TensorId::fresh(), shape.into(), Arc::new(Storage::Cpu(buffer)), History::None)
+    }
+
+    /// A tensor on the CPU whose elements `fill` writes, every one of them.
+    pub(crate) fn build<T: Element>(shape: impl Into<Shape>, fill: impl FnOnce(&mut [T])) -> Self {
+        let shape = shape.into();
+        let mut buffer = CpuBuffer::take::<T>(shape.numel());
+        fill(buffer.as_mut_slice());
+        Self::from_buffer(shape, buffer)
+    }
+
+    /// A copy of `values` with the given shape; an error if the counts differ.
+    pub fn from_slice<T: Element>(values: &[T], shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        if shape.numel() != values.len() {
+            return Err(Error::shape(
+                "from_slice",
+                format!("{} elements for {shape:?}", shape.numel()),
+                &[&[values.len()]],
+            ));
+        }
+        Ok(Self::from_buffer(shape, CpuBuffer::from_slice(values)))
+    }
+
+    /// All elements `value`.
+    pub fn full<T: Element>(shape: impl Into<Shape>, value: T) -> Self {
+        Self::build(shape, |out: &mut [T]| out.fill(value))
+    }
+
+    /// All elements zero.
+    pub fn zeros(shape: impl Into<Shape>) -> Self {
+        Self::full(shape, 0.0f32)
+    }
+
+    /// This tensor as a leaf: the backward pass collects its gradient.
+    pub fn leaf(self) -> Self {
+        Self::from_parts(self.0.id, self.0.shape.clone(), self.0.storage.clone(), History::Leaf)
+    }
+
+    /// The same elements, without history: gradients stop here.
+    pub fn detach(&self) -> Self {
+        match self.0.history {
+            History::None => self.clone(),
+            _ => Self::from_parts(TensorId::fresh(), self.0.shape.clone(), self.0.storage.clone(), History::None),
+        }
+    }
+
+    /// The same elements under another shape of the same count, without history; `ops::reshape` is the recorded one.
+    pub(crate) fn with_shape(&self, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        debug_assert_eq!(shape.numel(), self.numel());
+        Self::from_parts(TensorId::fresh(), shape, self.0.storage.clone(), History::None)
+    }
+
+    /// The same tensor with a history; what `autograd::record` returns.
+    pub(crate) fn with_history(self, history: History) -> Self {
+        Self::from_parts(self.0.id, self.0.shape.clone(), self.0.storage.clone(), history)
+    }
+
+    /// Identity, the key of its gradient if it is a leaf.
+    pub fn id(&self) -> TensorId {
+        self.0.id
+    }
+
+    /// Extents, outermost first.
+    pub fn shape(&self) -> &Shape {
+        &self.0.shape
+    }
+
+    /// Extents, outermost first.
+    pub fn dims(&self) -> &[usize] {
+        self.0.shape.dims()
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.0.shape.numel()
+    }
+
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.0.storage.dtype()
+    }
+
+    /// The device it lies on.
+    pub fn device(&self) -> Device {
+        self.0.storage.device()
+    }
+
+    /// Whether an operation on it would be recorded.
+    pub fn requires_grad(&self) -> bool {
+        !matches!(self.0.history, History::None) && crate::autograd::is_enabled()
+    }
+
+    /// Where its gradient goes; `None` if nowhere.
+    pub(crate) fn edge(&self) -> Option<Edge> {
+        match &self.0.history {
+            History::None => None,
+            History::Leaf => Some(Edge::Leaf(self.0.id)),
+            History::Node(node) => Some(Edge::Node(node.clone())),
+        }
+    }
+
+    /// The elements of a tensor on the CPU. Panics if `T` is not its type; operations check that first.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        let Storage::Cpu(buffer) = &*self.0.storage;
+        buffer.as_slice()
+    }
+
+    /// A copy of the elements.
+    pub fn to_vec<T: Element>(&self) -> Vec<T> {
+        self.as_slice().to_vec()
+    }
+
+    /// The value of a tensor of one f32.
+    pub fn item(&self) -> Result<f32> {
+        match (self.dtype(), self.numel()) {
+            (DType::F32, 1) => Ok(self.as_slice::<f32>()[0]),
+            _ => Err(Error::shape("item", "one f32", &[self.dims()])),
+        }
+    }
+
+    /// The shared storage.
+    pub(crate) fn storage(&self) -> &Arc<Storage> {
+        &self.0.storage
+    }
+
+    /// The buffer itself if nothing else shares it, for a kernel to overwrite; else the tensor again.
+    pub(crate) fn into_unique_buffer(self) -> std::result::Result<CpuBuffer, Tensor> {
+        let inner = Arc::try_unwrap(self.0).map_err(Tensor)?;
+        match Arc::try_unwrap(inner.storage) {
+            Ok(Storage::Cpu(buffer)) => Ok(buffer),
+            Err(storage) => Err(Self::from_parts(inner.id, inner.shape, storage, inner.history)),
+        }
+    }
+
+    /// A tensor like this one whose elements `change` has altered in place: in this very buffer if nothing else shares
+    /// it, in a copy otherwise. The history is dropped.
+    pub(crate) fn map_in_place(self, change: impl FnOnce(&mut [f32])) -> Tensor {
+        let shape = self.shape().clone();
+        let mut buffer = match self.into_unique_buffer() {
+            Ok(buffer) => buffer,
+            Err(shared) => CpuBuffer::from_slice(shared.as_slice::<f32>()),
+        };
+        change(buffer.as_mut_slice());
+        Tensor::from_buffer(shape, buffer)
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({:?}, {:?}, {})", self.shape(), self.dtype(), self.device())
+    }
+}

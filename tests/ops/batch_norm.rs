@@ -1,0 +1,64 @@
+use crate::support::*;
+use hone::Tensor;
+use hone::ops::{batch_norm, batch_norm_stored};
+use proptest::prelude::*;
+
+const EPS: f32 = 1e-5;
+
+/// Mean and biased variance of channel `c` of `[rows, channels]`.
+fn moments(x: &[f32], channels: usize, c: usize) -> (f64, f64) {
+    let column = || x.iter().skip(c).step_by(channels).map(|&x| f64::from(x));
+    let count = column().count() as f64;
+    let mean = column().sum::<f64>() / count;
+    (mean, column().map(|x| (x - mean).powi(2)).sum::<f64>() / count)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn normalises_by_the_batch(rows in 2usize..400, channels in 1usize..130, offset in -100.0f32..100.0) {
+        // An offset far larger than the deviation: a variance from E[x^2] - E[x]^2 would be off.
+        let x: Vec<f32> = values(rows * channels, 1).iter().map(|x| x + offset).collect();
+        let (gamma, beta) = (values(channels, 2), values(channels, 3));
+        let as_tensor = |v: &[f32]| Tensor::from_slice(v, [v.len()]).unwrap();
+        let input = Tensor::from_slice(&x, [1, rows, 1, channels]).unwrap();
+        let (y, statistics) = batch_norm(&input, &as_tensor(&gamma), &as_tensor(&beta), EPS).unwrap();
+        let moments: Vec<_> = (0..channels).map(|c| moments(&x, channels, c)).collect();
+        let want: Vec<f64> = x.iter().enumerate().map(|(i, &x)| {
+            let (mean, variance) = moments[i % channels];
+            (f64::from(x) - mean) / (variance + f64::from(EPS)).sqrt() * f64::from(gamma[i % channels])
+                + f64::from(beta[i % channels])
+        }).collect();
+        assert_close(statistics.mean.as_slice(), &moments.iter().map(|m| m.0).collect::<Vec<_>>(), 1e-6, "mean");
+        assert_close(statistics.variance.as_slice(), &moments.iter().map(|m| m.1).collect::<Vec<_>>(), 1e-4, "variance");
+        assert_close(y.as_slice(), &want, 1e-3, "output");
+    }
+}
+
+#[test]
+fn many_chunks_combine_exactly() {
+    let (rows, channels) = (9000, 64);
+    let x = values(rows * channels, 5);
+    let input = Tensor::from_slice(&x, [rows, channels]).unwrap();
+    let one = Tensor::full([channels], 1.0f32);
+    let (_, statistics) = batch_norm(&input, &one, &Tensor::zeros([channels]), EPS).unwrap();
+    let want: Vec<_> = (0..channels).map(|c| moments(&x, channels, c)).collect();
+    assert_close(statistics.mean.as_slice(), &want.iter().map(|m| m.0).collect::<Vec<_>>(), 1e-7, "mean");
+    assert_close(statistics.variance.as_slice(), &want.iter().map(|m| m.1).collect::<Vec<_>>(), 1e-6, "variance");
+}
+
+#[test]
+fn gradients() {
+    let inputs = [tensor(&[2, 3, 2, 3], 1), tensor(&[3], 2), tensor(&[3], 3)];
+    check_gradients(&inputs, 1e-2, 2e-3, |x| Ok(batch_norm(&x[0], &x[1], &x[2], EPS)?.0));
+    let (mean, variance) = (tensor(&[3], 4), Tensor::from_slice(&[0.5f32, 1.5, 0.1], [3]).unwrap());
+    check_gradients(&inputs, 0.25, 1e-4, |x| batch_norm_stored(&x[0], &x[1], &x[2], &mean, &variance, EPS));
+}
+
+#[test]
+fn one_row_has_no_variance() {
+    let v = tensor(&[3], 2);
+    let error = batch_norm(&tensor(&[1, 1, 1, 3], 1), &v, &v, EPS).err().unwrap();
+    assert!(error.to_string().contains("two values"), "{error}");
+    assert!(batch_norm(&tensor(&[2, 2], 1), &v, &v, EPS).is_err(), "three scales for two channels");
+}

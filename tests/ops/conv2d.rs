@@ -1,0 +1,178 @@
+use crate::support::*;
+use hone::cpu::Isa;
+use hone::cpu::conv::{self, ConvShape};
+use hone::cpu::gemm::Epilogue;
+use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
+use hone::{Error, Tensor};
+use proptest::prelude::*;
+
+/// Visits every product of the convolution: (input index, filter index, output index).
+fn visit(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
+    let [oh, ow] = s.output();
+    for n in 0..s.n {
+        for (p, q) in (0..oh).flat_map(|p| (0..ow).map(move |q| (p, q))) {
+            for (r, t) in (0..s.kh).flat_map(|r| (0..s.kw).map(move |t| (r, t))) {
+                let y = (p * s.stride[0] + r).wrapping_sub(s.padding[0]);
+                let x = (q * s.stride[1] + t).wrapping_sub(s.padding[1]);
+                if y >= s.h || x >= s.w {
+                    continue;
+                }
+                for (o, c) in (0..s.o).flat_map(|o| (0..s.c).map(move |c| (o, c))) {
+                    f(
+                        ((n * s.h + y) * s.w + x) * s.c + c,
+                        ((o * s.kh + r) * s.kw + t) * s.c + c,
+                        ((n * oh + p) * ow + q) * s.o + o,
+                    );
+                }
+            }
+        }
+    }
+}
+
+struct Case {
+    shape: ConvShape,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    dy: Vec<f32>,
+    /// y, dx, dw
+    want: [Vec<f64>; 3],
+}
+
+fn case(shape: ConvShape) -> Case {
+    let [oh, ow] = shape.output();
+    let x = values(shape.n * shape.h * shape.w * shape.c, 1);
+    let w = values(shape.o * shape.kh * shape.kw * shape.c, 2);
+    let dy = values(shape.n * oh * ow * shape.o, 3);
+    let mut want = [vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; w.len()]];
+    visit(&shape, |i, f, o| {
+        want[0][o] += f64::from(x[i]) * f64::from(w[f]);
+        want[1][i] += f64::from(dy[o]) * f64::from(w[f]);
+        want[2][f] += f64::from(dy[o]) * f64::from(x[i]);
+    });
+    Case { shape, x, w, dy, want }
+}
+
+/// All three passes under every instruction set of the machine.
+fn check(shape: ConvShape) {
+    let Case { shape, x, w, dy, want } = case(shape);
+    for isa in Isa::supported() {
+        // What a kernel forgets to write shows as NaN.
+        let mut y = vec![f32::NAN; dy.len()];
+        conv::forward(&x, &conv::pack_filter(isa, &w, &shape), &shape, Epilogue::default(), &mut y);
+        assert_close(&y, &want[0], 1e-5, &format!("forward {isa} {shape:?}"));
+        let mut dx = vec![f32::NAN; x.len()];
+        conv::backward_input(isa, &dy, &w, &shape, &mut dx);
+        assert_close(&dx, &want[1], 1e-5, &format!("backward_input {isa} {shape:?}"));
+        let mut dw = vec![f32::NAN; w.len()];
+        conv::backward_filter(isa, &x, &dy, &shape, &mut dw);
+        assert_close(&dw, &want[2], 1e-5, &format!("backward_filter {isa} {shape:?}"));
+    }
+}
+
+fn shape(nhwc: [usize; 4], okk: [usize; 3], stride: [usize; 2], padding: [usize; 2]) -> ConvShape {
+    let ([n, h, w, c], [o, kh, kw]) = (nhwc, okk);
+    ConvShape { n, h, w, c, o, kh, kw, stride, padding }
+}
+
+#[test]
+fn layers_of_the_network() {
+    // conv1, a 3x3 of either stride, and the shortcut of ResNet-18, at sizes that keep the naive loops quick.
+    check(shape([2, 21, 18, 3], [64, 7, 7], [2, 2], [3, 3]));
+    check(shape([2, 7, 9, 64], [64, 3, 3], [1, 1], [1, 1]));
+    check(shape([1, 9, 8, 64], [128, 3, 3], [2, 2], [1, 1]));
+    check(shape([1, 8, 7, 64], [128, 1, 1], [2, 2], [0, 0]));
+    check(shape([1, 3, 3, 300], [70, 3, 3], [1, 1], [1, 1]));
+}
+
+#[test]
+fn many_rows_are_split_into_parts() {
+    // More than 4096 rows of dy, so that the filter's gradient is summed from several parts.
+    check(shape([3, 41, 40, 4], [5, 3, 3], [1, 1], [1, 1]));
+    check(shape([1, 80, 80, 17], [3, 1, 1], [1, 1], [0, 0]));
+}
+
+fn tile_edge() -> impl Strategy<Value = usize> {
+    prop_oneof![1usize..=8, Just(15), Just(16), Just(17), Just(31), Just(33), Just(63), Just(64), Just(65)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #[test]
+    fn any_shape(
+        n in 1usize..=2, h in 1usize..=9, w in 1usize..=9, c in tile_edge(), o in tile_edge(),
+        kh in 1usize..=4, kw in 1usize..=4, sh in 1usize..=3, sw in 1usize..=3, ph in 0usize..=3, pw in 0usize..=3,
+    ) {
+        prop_assume!(h + 2 * ph >= kh && w + 2 * pw >= kw);
+        check(shape([n, h, w, c], [o, kh, kw], [sh, sw], [ph, pw]));
+    }
+}
+
+#[test]
+fn deep_inner_extents_around_the_depth_block() {
+    for c in [127, 128, 129, 255, 256, 257, 385] {
+        check(shape([1, 3, 2, c], [9, 2, 1], [1, 1], [1, 0]));
+    }
+}
+
+#[test]
+fn gradients_of_the_recorded_operation() {
+    let inputs = [tensor(&[2, 5, 4, 3], 1), tensor(&[4, 3, 2, 3], 2), tensor(&[4], 3)];
+    let params = Conv2dParams { stride: [2, 1], padding: [1, 0] };
+    check_gradients(&inputs, 0.5, 1e-4, |x| conv2d(&x[0], &x[1], Some(&x[2]), params));
+    check_gradients(&inputs[..2], 0.5, 1e-4, |x| conv2d(&x[0], &x[1], None, params));
+}
+
+#[test]
+fn frozen_operands_get_no_gradient() {
+    let (x, w) = (tensor(&[1, 4, 4, 2], 1), tensor(&[3, 3, 3, 2], 2));
+    let leaf = w.clone().leaf();
+    let y = conv2d(&x, &leaf, None, Conv2dParams::new(1, 1)).unwrap();
+    let gradients = y.backward_with(tensor(y.dims(), 3)).unwrap();
+    assert!(gradients.get(&leaf).is_some() && gradients.get(&x).is_none());
+    assert!(!conv2d(&x, &w, None, Conv2dParams::new(1, 1)).unwrap().requires_grad());
+}
+
+#[test]
+fn fused_equals_its_parts() {
+    for (c, o) in [(3, 64), (64, 64), (16, 10), (5, 33)] {
+        let (x, w) = (tensor(&[2, 7, 6, c], 1), tensor(&[o, 3, 3, c], 2));
+        let (scale, shift) = (values(o, 3), values(o, 4));
+        let params = Conv2dParams::new(2, 1);
+        let conv = FusedConv2d::new(&w, &scale, &shift, params).unwrap();
+        let plain = conv2d(&x, &w, None, params).unwrap();
+        let residual = tensor(plain.dims(), 5);
+        for (with_residual, relu) in [(false, false), (false, true), (true, false), (true, true)] {
+            let got = fused_conv2d(&x, &conv, with_residual.then_some(&residual), relu).unwrap();
+            let want: Vec<f64> = (0..plain.numel())
+                .map(|i| {
+                    let y = f64::from(plain.as_slice::<f32>()[i]) * f64::from(scale[i % o]) + f64::from(shift[i % o]);
+                    let y = if with_residual { y + f64::from(residual.as_slice::<f32>()[i]) } else { y };
+                    if relu { y.max(0.0) } else { y }
+                })
+                .collect();
+            assert_close(got.as_slice(), &want, 1e-5, "fused");
+        }
+    }
+}
+
+#[test]
+fn nan_is_not_hidden() {
+    let mut x = values(3 * 3 * 2, 1);
+    x[9] = f32::NAN;
+    let x = Tensor::from_slice(&x, [1, 3, 3, 2]).unwrap();
+    let conv = FusedConv2d::new(&tensor(&[4, 3, 3, 2], 2), &[1.0; 4], &[0.0; 4], Conv2dParams::new(1, 1)).unwrap();
+    let y = fused_conv2d(&x, &conv, None, true).unwrap();
+    assert!(y.as_slice::<f32>().iter().all(|y| y.is_nan()));
+}
+
+#[test]
+fn wrong_shapes_are_errors_that_show_them() {
+    let x = tensor(&[1, 4, 4, 2], 1);
+    let params = Conv2dParams::new(1, 0);
+    let error = conv2d(&x, &tensor(&[3, 3, 3, 5], 2), None, params).unwrap_err();
+    assert!(matches!(error, Error::Shape { op: "conv2d", .. }));
+    assert!(error.to_string().contains("[1, 4, 4, 2]") && error.to_string().contains("[3, 3, 3, 5]"), "{error}");
+    assert!(conv2d(&x, &tensor(&[3, 5, 5, 2], 2), None, params).is_err());
+    assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), Some(&tensor(&[4], 3)), params).is_err());
+    assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), None, Conv2dParams::new(0, 0)).is_err());
+}

@@ -1,0 +1,85 @@
+use crate::support::*;
+use hone::Tensor;
+use hone::ops::{global_avg_pool, max_pool2d};
+use proptest::prelude::*;
+
+/// Maximum, and the index in `x` of the first place that holds it, of every window.
+fn reference(x: &[f32], [n, h, w, c]: [usize; 4], k: usize, s: usize, p: usize) -> Vec<(f32, usize)> {
+    let (oh, ow) = ((h + 2 * p - k) / s + 1, (w + 2 * p - k) / s + 1);
+    let mut out = Vec::new();
+    for i in 0..n * oh * ow * c {
+        let (b, y, xo, ch) = (i / (oh * ow * c), i / (ow * c) % oh, i / c % ow, i % c);
+        let mut best: Option<(f32, usize)> = None;
+        for (ky, kx) in (0..k).flat_map(|y| (0..k).map(move |x| (y, x))) {
+            let (iy, ix) = ((y * s + ky).wrapping_sub(p), (xo * s + kx).wrapping_sub(p));
+            if iy < h && ix < w {
+                let at = ((b * h + iy) * w + ix) * c + ch;
+                if best.is_none_or(|(value, _)| x[at] > value) {
+                    best = Some((x[at], at));
+                }
+            }
+        }
+        out.push(best.unwrap());
+    }
+    out
+}
+
+proptest! {
+    #[test]
+    fn max_pool_and_its_gradient(
+        n in 1usize..3, h in 1usize..10, w in 1usize..10, c in 1usize..36, k in 1usize..5, s in 1usize..4, p in 0usize..3,
+    ) {
+        prop_assume!(p <= k / 2 && h + 2 * p >= k && w + 2 * p >= k);
+        // A few distinct values, so that windows have ties.
+        let x: Vec<f32> = values(n * h * w * c, 1).iter().map(|x| (x * 3.0).round()).collect();
+        let want = reference(&x, [n, h, w, c], k, s, p);
+        let leaf = Tensor::from_slice(&x, [n, h, w, c]).unwrap().leaf();
+        let y = max_pool2d(&leaf, k, s, p).unwrap();
+        prop_assert_eq!(y.to_vec::<f32>(), want.iter().map(|w| w.0).collect::<Vec<_>>());
+        let dy = tensor(y.dims(), 2);
+        let mut dx = vec![0.0f64; x.len()];
+        for (&(_, at), &dy) in want.iter().zip(dy.as_slice::<f32>()) {
+            dx[at] += f64::from(dy);
+        }
+        let gradients = y.backward_with(dy).unwrap();
+        assert_close(gradients.get(&leaf).unwrap().as_slice(), &dx, 1e-6, "dx");
+    }
+
+    #[test]
+    fn average(n in 1usize..4, h in 1usize..6, w in 1usize..6, c in 1usize..70) {
+        let x = tensor(&[n, h, w, c], 1);
+        let v = x.to_vec::<f32>();
+        let want: Vec<f64> = (0..n * c).map(|i| {
+            (0..h * w).map(|p| f64::from(v[(i / c * h * w + p) * c + i % c])).sum::<f64>() / (h * w) as f64
+        }).collect();
+        assert_close(global_avg_pool(&x).unwrap().as_slice(), &want, 1e-6, "mean");
+    }
+}
+
+#[test]
+fn negative_and_infinite_windows() {
+    let x = Tensor::from_slice(&[f32::NEG_INFINITY, -3.0, -5.0, f32::NEG_INFINITY], [1, 2, 2, 1]).unwrap();
+    assert_eq!(max_pool2d(&x, 3, 2, 1).unwrap().to_vec::<f32>(), [-3.0], "padding is never the maximum");
+    let x = Tensor::full([1, 2, 2, 1], f32::NEG_INFINITY).leaf();
+    let y = max_pool2d(&x, 2, 2, 0).unwrap();
+    let gradients = y.backward_with(Tensor::full([1, 1, 1, 1], 1.0f32)).unwrap();
+    assert_eq!(gradients.get(&x).unwrap().to_vec::<f32>(), [1.0, 0.0, 0.0, 0.0]);
+    let x = Tensor::from_slice(&[1.0, f32::NAN, 3.0, 2.0], [1, 2, 2, 1]).unwrap();
+    assert!(max_pool2d(&x, 2, 2, 0).unwrap().item().unwrap().is_nan());
+}
+
+#[test]
+fn gradients() {
+    check_gradients(&[tensor(&[2, 3, 2, 5], 1)], 0.5, 1e-4, |x| global_avg_pool(&x[0]));
+    check_gradients(&[tensor(&[1, 5, 4, 2], 1)], 1e-4, 1e-2, |x| max_pool2d(&x[0], 3, 2, 1));
+}
+
+#[test]
+fn wrong_parameters() {
+    let x = tensor(&[1, 4, 4, 1], 1);
+    for (k, s, p) in [(0, 1, 0), (3, 0, 1), (3, 1, 2), (16, 1, 0)] {
+        assert!(max_pool2d(&x, k, s, p).is_err(), "{k} {s} {p}");
+    }
+    assert!(max_pool2d(&tensor(&[4, 4], 1), 2, 2, 0).is_err());
+    assert!(global_avg_pool(&tensor(&[1, 0, 4, 2], 1)).is_err());
+}
