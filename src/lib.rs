@@ -7,16 +7,24 @@
 //! - [`autograd`]: the tape and the backward pass.
 //! - [`cpu`]: kernels over slices. Start with `gather` and `gemm`: convolution forward and backward are built on them.
 //! - [`ops`]: one operation a file, from tensors to tensors.
-//! - [`nn`]: layers and the network.
+//! - [`weights`]: safetensors files in and out.
+//! - [`nn`]: layers and the network, with torchvision's names.
 //! - [`optim`]: the optimiser.
+//! - [`data`]: pictures from files to pixels.
+//! - [`train`]: the run itself, and the use of its result.
+//! - [`cli`]: arguments and printing.
 
 pub mod autograd;
+pub mod cli;
 pub mod cpu;
+pub mod data;
 pub mod error;
 pub mod nn;
 pub mod ops;
 pub mod optim;
 pub mod tensor;
+pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Tensor};

@@ -1,3 +1,5 @@
-fn main() {
-    println!("Hello, world!");
+//! The program; see `hone::cli`.
+
+fn main() -> std::process::ExitCode {
+    hone::cli::main()
 }

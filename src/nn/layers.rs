@@ -3,6 +3,7 @@
 use super::init;
 use super::parameter::Parameter;
 use crate::autograd;
+use crate::cpu::conv::ConvShape;
 use crate::error::Result;
 use crate::ops::{self, Conv2dParams, FusedConv2d};
 use crate::tensor::Tensor;
@@ -141,6 +142,12 @@ impl ConvBn {
             params,
             fused: Mutex::new(None),
         }
+    }
+
+    /// Extents of the convolution of `n` images of `h` by `w`.
+    pub fn shape(&self, n: usize, h: usize, w: usize) -> ConvShape {
+        let [o, kh, kw, c] = self.weight.shape()[..] else { unreachable!("filters have four extents") };
+        ConvShape { n, h, w, c, o, kh, kw, stride: self.params.stride, padding: self.params.padding }
     }
 
     /// The trained parameters.

@@ -4,7 +4,9 @@ mod init;
 mod layers;
 mod parameter;
 mod resnet;
+mod state;
 
 pub use layers::{BatchNorm2d, ConvBn, Linear};
 pub use parameter::Parameter;
 pub use resnet::{FEATURES, MIN_IMAGE_SIZE, ResNet18, Stage};
+pub use state::{HeadSource, Snapshot};

@@ -2,6 +2,7 @@
 
 use super::layers::{BatchNorm2d, ConvBn, Linear};
 use super::parameter::Parameter;
+use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
 use crate::tensor::Tensor;
@@ -135,7 +136,35 @@ impl ResNet18 {
         self.head.forward(&self.features(images, training)?)
     }
 
-    fn convolutions(&self, stage: Stage) -> Vec<&ConvBn> {
+    /// The shapes of all convolutions for `n` images of `h` by `w`, in the order they run.
+    pub fn conv_shapes(&self, n: usize, h: usize, w: usize) -> Vec<ConvShape> {
+        let stem = self.stem.shape(n, h, w);
+        let mut shapes = vec![stem];
+        // Max pooling halves, rounding up, as every stride of two does.
+        let mut size = stem.output().map(|extent| extent.div_ceil(2));
+        for block in self.layers.iter().flatten() {
+            shapes.extend(block.downsample.iter().map(|conv| conv.shape(n, size[0], size[1])));
+            for conv in [&block.conv1, &block.conv2] {
+                let shape = conv.shape(n, size[0], size[1]);
+                size = shape.output();
+                shapes.push(shape);
+            }
+        }
+        shapes
+    }
+
+    /// Multiply-adds of a forward pass over `n` images of `h` by `w`.
+    pub fn multiply_adds(&self, n: usize, h: usize, w: usize) -> usize {
+        let convolutions: usize = self.conv_shapes(n, h, w).iter().map(ConvShape::multiply_adds).sum();
+        convolutions + n * FEATURES * self.classes()
+    }
+
+    /// Those of the first convolution alone.
+    pub fn stem_multiply_adds(&self, n: usize, h: usize, w: usize) -> usize {
+        self.stem.shape(n, h, w).multiply_adds()
+    }
+
+    pub(super) fn convolutions(&self, stage: Stage) -> Vec<&ConvBn> {
         match stage {
             Stage::Stem => vec![&self.stem],
             Stage::Head => Vec::new(),

@@ -1,0 +1,44 @@
+//! The command line: arguments in, lines out. Everything it prints goes through [`report`].
+
+mod args;
+mod bench;
+mod demo;
+mod features;
+mod inspect;
+mod report;
+mod train;
+mod using;
+
+use crate::error::{Error, Result};
+use args::{Args, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Runs the program: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong command line.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = set_threads(args.command.threads()).and_then(|()| match args.command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => using::eval(args),
+        Command::Predict(args) => using::predict(args),
+        Command::Features(args) => features::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Demo(args) => demo::run(args),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn set_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| Error::config(format!("cannot start {threads} threads ({e})"), "give a smaller --threads"))
+}
