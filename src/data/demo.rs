@@ -106,18 +106,19 @@ fn pebbles(u: f32, v: f32, seed: u32) -> (f32, f32) {
 
 /// Overlapping discs in shifted rows, as on fish and roofs.
 fn scales(u: f32, v: f32, seed: u32) -> (f32, f32) {
-    const RADIUS: f32 = 0.62;
-    let front = (v / 0.5).floor() as i32;
-    // Rows further down lie over those above; the first disc that covers the point is what is seen.
-    for row in (front - 2..=front + 2).rev() {
+    const RADIUS: f32 = 0.64;
+    let below = (v / 0.5).floor() as i32;
+    // Every row lies over the next one; the first disc that covers the point is what is seen.
+    for row in below - 1..=below + 2 {
         let shift = 0.5 * row.rem_euclid(2) as f32;
         let column = (u - shift).round();
         let (dx, dy) = (u - shift - column, v - row as f32 * 0.5);
         let distance = dx.hypot(dy);
-        if distance < RADIUS && dy > -0.1 {
-            let rim = smoothstep(RADIUS, RADIUS - 0.12, distance);
-            let height = rim * (0.45 + 0.55 * smoothstep(-0.2, RADIUS, dy));
-            return (height, 0.15 + 0.7 * hash(column as i32, row, seed) + 0.15 * (distance * 40.0).sin().abs());
+        if distance < RADIUS {
+            let rim = smoothstep(RADIUS, RADIUS - 0.1, distance);
+            let height = rim * (0.4 + 0.6 * smoothstep(-0.3, RADIUS, dy));
+            let rings = 0.15 * (distance * 40.0).sin().abs();
+            return (height, 0.15 + 0.7 * hash(column as i32, row, seed) + rings);
         }
     }
     (0.0, 0.5)
