@@ -155,9 +155,9 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
     let network = network_with_head(&pool);
     network.set_trainable(|stage| rate(stage).is_some());
     network.use_batch_statistics(|_| batch_statistics);
-    let groups = Stage::ALL.into_iter().filter_map(|stage| {
-        Some(ParamGroup { parameters: network.parameters(stage), lr: rate(stage)? })
-    });
+    let groups = Stage::ALL
+        .into_iter()
+        .filter_map(|stage| Some(ParamGroup { parameters: network.parameters(stage), lr: rate(stage)? }));
     let mut adam = Adam::new(groups.collect(), AdamConfig::default());
     let images = tensor(&pool, "images");
     let labels = labels(&pool);
@@ -165,11 +165,8 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
     let batch = pool.get("order").unwrap().shape[1];
     let picture = images.numel() / images.dims()[0];
     for (step, (&want, order)) in file.f32("losses").unwrap().iter().zip(order.chunks(batch)).enumerate() {
-        let pixels: Vec<f32> = order
-            .iter()
-            .flat_map(|&i| &images.as_slice::<f32>()[i as usize * picture..][..picture])
-            .copied()
-            .collect();
+        let pixels: Vec<f32> =
+            order.iter().flat_map(|&i| &images.as_slice::<f32>()[i as usize * picture..][..picture]).copied().collect();
         let dims = [&[batch], &images.dims()[1..]].concat();
         let x = Tensor::from_slice(&pixels, dims).unwrap();
         let y: Vec<i64> = order.iter().map(|&i| labels[i as usize]).collect();

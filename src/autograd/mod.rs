@@ -136,7 +136,10 @@ impl Tensor {
         while let Some((_, (node, gradient))) = pending.pop_last() {
             let rule = node.rule.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
             let rule = rule.ok_or_else(|| {
-                Error::Autograd(format!("the graph at {} was freed by an earlier backward pass; run forward again", node.op))
+                Error::Autograd(format!(
+                    "the graph at {} was freed by an earlier backward pass; run forward again",
+                    node.op
+                ))
             })?;
             let needs: Vec<bool> = node.edges.iter().map(Option::is_some).collect();
             let inputs = rule(gradient, &needs)?;

@@ -22,7 +22,11 @@ pub fn run(args: Demo) -> Result<()> {
     let weights = Weights::File(locate_default(std::env::var_os("HONE_WEIGHTS"))?);
     let out = args.out.unwrap_or_else(|| default_run_folder(Path::new("demo"), &today()));
     let json = args.common.json;
-    let say = |text: &str| if !json { report::line(text) };
+    let say = |text: &str| {
+        if !json {
+            report::line(text)
+        }
+    };
     let pictures = out.join("pictures");
     write_pictures(&pictures, PICTURES[0], PICTURES[1], PICTURE_SIZE, 0)?;
     say(&format!("drew pictures of four textures: {}", pictures.display()));

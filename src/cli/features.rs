@@ -35,7 +35,9 @@ pub fn run(args: args::Features) -> Result<()> {
     save(&args.out, &model, &all)?;
     let rows = all.features.len() / FEATURES;
     if args.common.json {
-        report::json_line(&json!({ "images": rows, "classes": model.classes.len(), "out": args.out.to_string_lossy() }));
+        report::json_line(
+            &json!({ "images": rows, "classes": model.classes.len(), "out": args.out.to_string_lossy() }),
+        );
     } else {
         let out = args.out.display();
         report::line(&format!("features [{rows}, {FEATURES}] and logits [{rows}, {}]: {out}", model.classes.len()));
@@ -75,7 +77,6 @@ fn save(out: &Path, model: &Model, all: &Features) -> Result<()> {
         ("files".to_string(), json!(files).to_string()),
         ("classes".to_string(), json!(model.classes).to_string()),
     ]);
-    let tensors =
-        [tensor("features", FEATURES, &all.features), tensor("logits", model.classes.len(), &all.logits)];
+    let tensors = [tensor("features", FEATURES, &all.features), tensor("logits", model.classes.len(), &all.logits)];
     weights::save(out, &tensors, &metadata)
 }

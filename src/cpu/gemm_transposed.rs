@@ -74,7 +74,8 @@ pub fn multiply_transposed(
 fn reduce(partial: &[f32], parts: usize, depth: usize, columns: usize, width: usize, c: &mut [f32], order: Order) {
     let panels = columns.div_ceil(width);
     let sum = |panel: usize, k: usize, out: &mut [f32]| {
-        let at = |part: usize| &partial[((part * panels + panel) * depth + k) * width..][..out_len(columns, panel, width)];
+        let at =
+            |part: usize| &partial[((part * panels + panel) * depth + k) * width..][..out_len(columns, panel, width)];
         out.copy_from_slice(at(0));
         for part in 1..parts {
             out.iter_mut().zip(at(part)).for_each(|(out, x)| *out += x);
@@ -200,10 +201,10 @@ impl Tile<'_> {
             unsafe {
                 let b_row: [S::V; V] = std::array::from_fn(|v| simd.load(b.add(v * S::LANES)));
                 let a = run.add(channel);
-                for r in 0..R {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let a = simd.splat(*a.add(r));
-                    for v in 0..V {
-                        sums[r][v] = simd.mul_add(a, b_row[v], sums[r][v]);
+                    for (sum, &b) in sums.iter_mut().zip(&b_row) {
+                        *sum = simd.mul_add(a, b, *sum);
                     }
                 }
                 b = b.add(width);

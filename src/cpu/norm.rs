@@ -46,14 +46,7 @@ pub fn affine(x: &[f32], scale: &[f32], shift: &[f32], y: &mut [f32]) {
 }
 
 /// For every channel the sums of `dy` and of `dy * (x - mean) * rstd`: the gradients to shift and scale.
-pub fn parameter_gradients(
-    x: &[f32],
-    dy: &[f32],
-    mean: &[f32],
-    rstd: &[f32],
-    dscale: &mut [f32],
-    dshift: &mut [f32],
-) {
+pub fn parameter_gradients(x: &[f32], dy: &[f32], mean: &[f32], rstd: &[f32], dscale: &mut [f32], dshift: &mut [f32]) {
     let channels = mean.len();
     let chunk = chunk_of(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);

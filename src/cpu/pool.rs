@@ -33,7 +33,9 @@ impl PoolShape {
     fn covered(&self, i: usize, extent: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let first = i * self.stride;
         let padding = self.padding;
-        (0..self.kernel).filter_map(move |k| Some((k, (first + k).checked_sub(padding)?))).filter(move |&(_, p)| p < extent)
+        (0..self.kernel)
+            .filter_map(move |k| Some((k, (first + k).checked_sub(padding)?)))
+            .filter(move |&(_, p)| p < extent)
     }
 
     /// Windows along one axis that cover input coordinate `p`, with its place in each.

@@ -61,7 +61,8 @@ fn decode_unguarded(bytes: &[u8], exif: bool) -> std::result::Result<Pixels, Str
     // At most 16 bytes a pixel, 32-bit RGBA, and as much again for the decoder.
     limits.max_alloc = Some(MAX_PIXELS * 32);
     decoder.set_limits(limits).map_err(|e| describe(format, &e.to_string()))?;
-    let orientation = if exif { decoder.orientation().unwrap_or(Orientation::NoTransforms) } else { Orientation::NoTransforms };
+    let orientation =
+        if exif { decoder.orientation().unwrap_or(Orientation::NoTransforms) } else { Orientation::NoTransforms };
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| describe(format, &e.to_string()))?;
     image.apply_orientation(orientation);
     Ok(to_rgb(image))

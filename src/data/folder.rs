@@ -68,7 +68,12 @@ impl Dataset {
             }
         }
         let (train, val) = split(samples, classes.len(), val_split, seed);
-        warnings.push(format!("{}: no val folder, held out {} of {} pictures", dir.display(), val.len(), val.len() + train.len()));
+        warnings.push(format!(
+            "{}: no val folder, held out {} of {} pictures",
+            dir.display(),
+            val.len(),
+            val.len() + train.len()
+        ));
         Ok(Dataset { classes, train, val, warnings })
     }
 }
@@ -114,9 +119,8 @@ fn extensions() -> String {
 }
 
 fn check_folder(dir: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(dir).map_err(|error| {
-        Error::data(dir, format!("cannot open the folder of pictures ({error})"), LAYOUTS)
-    })?;
+    let metadata = std::fs::metadata(dir)
+        .map_err(|error| Error::data(dir, format!("cannot open the folder of pictures ({error})"), LAYOUTS))?;
     match metadata.is_dir() {
         true => Ok(()),
         false => Err(Error::data(dir, "a file, not a folder of pictures", LAYOUTS)),
@@ -126,7 +130,8 @@ fn check_folder(dir: &Path) -> Result<()> {
 /// Entries of a folder in the order of their names.
 fn sorted_entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let mut paths: Vec<PathBuf> = entries.map_err(Error::io("read the folder", dir))?.iter().map(|e| e.path()).collect();
+    let mut paths: Vec<PathBuf> =
+        entries.map_err(Error::io("read the folder", dir))?.iter().map(|e| e.path()).collect();
     paths.sort();
     Ok(paths)
 }

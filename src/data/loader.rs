@@ -13,7 +13,8 @@ pub fn ordered_parallel<T: Send + 'static>(
     ahead: usize,
     f: impl Fn(usize) -> T + Send + Sync + 'static,
 ) -> OrderedParallel<T> {
-    let shared = Arc::new(Shared { state: Mutex::new(State::default()), changed: Condvar::new(), count, ahead: ahead.max(1) });
+    let shared =
+        Arc::new(Shared { state: Mutex::new(State::default()), changed: Condvar::new(), count, ahead: ahead.max(1) });
     let f = Arc::new(f);
     let workers = (0..threads.clamp(1, count.max(1)))
         .map(|_| {

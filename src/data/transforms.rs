@@ -55,8 +55,7 @@ impl Preprocess {
 
     /// Decodes and preprocesses a file: `[crop, crop, 3]`.
     pub fn load(&self, path: &Path) -> Result<Vec<u8>> {
-        self.apply(&decode(path, self.exif)?)
-            .map_err(|problem| Error::file(path, problem, "replace or remove it"))
+        self.apply(&decode(path, self.exif)?).map_err(|problem| Error::file(path, problem, "replace or remove it"))
     }
 
     /// Antialiased bilinear resize, as Pillow's, then centre crop: `[crop, crop, 3]`. A picture that is smaller than the
@@ -64,7 +63,8 @@ impl Preprocess {
     pub fn apply(&self, picture: &Pixels) -> std::result::Result<Vec<u8>, String> {
         let (width, height) = self.resized_size(picture.width, picture.height);
         let (x, y) = (self.window(width), self.window(height));
-        let region = self.resize_region(picture, [width, height], &x, &y).map_err(|e| format!("cannot resize it ({e})"))?;
+        let region =
+            self.resize_region(picture, [width, height], &x, &y).map_err(|e| format!("cannot resize it ({e})"))?;
         let crop = self.crop as usize;
         if (x.len, y.len) == (self.crop, self.crop) {
             return Ok(region);

@@ -13,9 +13,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         return Err(Error::shape("add", "two tensors of one shape", &[a.dims(), b.dims()]));
     }
     let c = match a.device() {
-        Device::Cpu => {
-            Tensor::build(a.shape().clone(), |c| cpu::elementwise::add(a.as_slice(), b.as_slice(), c))
-        }
+        Device::Cpu => Tensor::build(a.shape().clone(), |c| cpu::elementwise::add(a.as_slice(), b.as_slice(), c)),
     };
     Ok(record("add", c, &[a, b], |_| Box::new(|dc, _| Ok(vec![Some(dc.clone()), Some(dc)]))))
 }

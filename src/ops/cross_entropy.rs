@@ -52,11 +52,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, options: &CrossEntropy) -
     }
     let (labels, weights) = (labels.detach(), options.class_weights.as_ref().map(Tensor::detach));
     let smoothing = options.label_smoothing;
-    let targets = Targets {
-        labels: labels.as_slice(),
-        class_weights: weights.as_ref().map(|w| w.as_slice()),
-        smoothing,
-    };
+    let targets =
+        Targets { labels: labels.as_slice(), class_weights: weights.as_ref().map(|w| w.as_slice()), smoothing };
     let factor = match options.reduction {
         Reduction::Mean => 1.0 / targets.total_weight(),
         Reduction::Sum => 1.0,
@@ -71,11 +68,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, options: &CrossEntropy) -
     let value = Tensor::full([], (total * f64::from(factor)) as f32);
     Ok(record("cross_entropy", value, &[logits], |_| {
         Box::new(move |dloss, _| {
-            let targets = Targets {
-                labels: labels.as_slice(),
-                class_weights: weights.as_ref().map(|w| w.as_slice()),
-                smoothing,
-            };
+            let targets =
+                Targets { labels: labels.as_slice(), class_weights: weights.as_ref().map(|w| w.as_slice()), smoothing };
             let factor = factor * dloss.item()?;
             Ok(vec![Some(Tensor::build([rows, classes], |dlogits| {
                 loss::backward(log_probabilities.as_slice(), &targets, factor, dlogits);

@@ -28,7 +28,11 @@ impl FusedConv2d {
             return Err(Error::shape("fused_conv2d", "filters [O, KH, KW, C]", &[weight.dims()]));
         };
         if scale.len() != o || shift.len() != o {
-            return Err(Error::shape("fused_conv2d", format!("{o} scales and shifts"), &[&[scale.len()], &[shift.len()]]));
+            return Err(Error::shape(
+                "fused_conv2d",
+                format!("{o} scales and shifts"),
+                &[&[scale.len()], &[shift.len()]],
+            ));
         }
         let mut folded = weight.to_vec::<f32>();
         for (filter, scale) in folded.chunks_exact_mut(kh * kw * c).zip(scale) {

@@ -59,9 +59,7 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
     };
     Ok(record("global_avg_pool", y, &[x], |_| {
         Box::new(move |dy, _| {
-            let dx = Tensor::build([n, h, w, c], |dx| {
-                cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx)
-            });
+            let dx = Tensor::build([n, h, w, c], |dx| cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx));
             Ok(vec![Some(dx)])
         })
     }))

@@ -154,7 +154,8 @@ impl Run<'_> {
             let loss = cross_entropy(&logits, &labels, &CrossEntropy::default())?;
             let value = loss.item()?;
             if !value.is_finite() {
-                let problem = format!("the loss is {value} at step {step} of epoch {number}, with a rate of {}", config.lr);
+                let problem =
+                    format!("the loss is {value} at step {step} of epoch {number}, with a rate of {}", config.lr);
                 return Err(Error::config(problem, "lower --lr"));
             }
             optimiser.step(&loss.backward()?);

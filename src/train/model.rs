@@ -28,11 +28,8 @@ impl Model {
         let network = ResNet18::load(&file)?;
         let classes = classes(&file)?.unwrap_or_else(|| (0..network.classes()).map(|i| i.to_string()).collect());
         if classes.len() != network.classes() {
-            let problem = format!(
-                "the metadata names {} classes but fc.weight has {} rows",
-                classes.len(),
-                network.classes()
-            );
+            let problem =
+                format!("the metadata names {} classes but fc.weight has {} rows", classes.len(), network.classes());
             return Err(Error::file(path, problem, "correct or remove \"classes\" in its metadata"));
         }
         Ok(Model { preprocess: preprocess(&file)?, network, classes })

@@ -25,10 +25,8 @@ fn adam_follows_the_paper() {
         let parameter = Arc::new(Parameter::new("p", tensor(&[1, len], 1)));
         parameter.set_trainable(true);
         let mut want = widen(parameter.tensor().as_slice());
-        let mut adam = Adam::new(
-            vec![ParamGroup { parameters: vec![parameter.clone()], lr: 0.01 }],
-            AdamConfig::default(),
-        );
+        let mut adam =
+            Adam::new(vec![ParamGroup { parameters: vec![parameter.clone()], lr: 0.01 }], AdamConfig::default());
         let mut gradients = Vec::new();
         for step in 0..20 {
             // d(p g)/dp = g.
