@@ -81,7 +81,7 @@ fn missing_validation_is_told() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn splits_are_stratified_and_decided_by_the_seed(counts in prop::collection::vec(1usize..30, 2..5),
                                                      share in 0.01f64..0.99, seed: u64) {
@@ -159,7 +159,7 @@ fn truncated_pictures_are_errors() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn damaged_pictures_never_panic(which in 0usize..25, at in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12)) {
         let images = fixture_images();
