@@ -1,6 +1,6 @@
 //! Reverse-mode differentiation over a dynamic tape.
 //!
-//! An operation whose input needs a gradient calls [`record`]: its output then carries a [`Node`] with the backward rule
+//! An operation whose input needs a gradient calls `record`: its output then carries a `Node` with the backward rule
 //! and edges to the nodes of its inputs. [`Tensor::backward`] visits nodes from the last recorded to the first; a node's
 //! gradient is complete when it is reached, since whatever used its output was recorded later. A rule is consumed as it
 //! runs, and with it the activations it had kept: memory falls as the pass goes. What needs no gradient records nothing

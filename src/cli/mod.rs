@@ -1,4 +1,4 @@
-//! The command line: arguments in, lines out. Everything it prints goes through [`report`].
+//! The command line: arguments in, lines out. Everything it prints goes through `report`.
 
 mod args;
 mod bench;

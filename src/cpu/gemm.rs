@@ -1,7 +1,7 @@
 //! The matrix product under everything: `C = A B`, A read in place through a [`Gather`], B packed once.
 //!
 //! Blocking (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the packing of A left
-//! out): B is cut into panels as wide as the micro-kernel's tile and into blocks of about [`DEPTH`] rows, which stay in L1
+//! out): B is cut into panels as wide as the micro-kernel's tile and into blocks of about `DEPTH` rows, which stay in L1
 //! while all rows of a block of C pass by. A is not packed: its elements are broadcast, so that they need no particular
 //! order, and a row is read through one pointer for each tap (the "indirection buffer" of Dukhan, "The indirect
 //! convolution algorithm", 2019). Every element of C is computed by the same sequence of operations wherever it lies and
