@@ -61,6 +61,12 @@ pub enum Error {
         /// What the user can do.
         hint: String,
     },
+    /// The user asked to stop, and everything is saved.
+    #[error("interrupted; go on with: hone train --resume {}", run.display())]
+    Interrupted {
+        /// The folder of the run.
+        run: PathBuf,
+    },
     /// Settings that contradict each other or the data.
     #[error("{problem}; {hint}")]
     Config {

@@ -83,10 +83,12 @@ fn train_eval_predict_inspect() {
     assert_eq!((done["event"].as_str(), &done["skipped"]), (Some("done"), &Value::Array(vec![])));
     let model = run.join("model.safetensors");
     assert_eq!(done["model"].as_str(), Some(text(&model)));
-    for file in ["model.safetensors", "last.safetensors", "config.json", "metrics.csv"] {
+    for file in ["model.safetensors", "last.safetensors", "config.json", "metrics.csv", "checkpoint.safetensors"] {
         assert!(run.join(file).is_file(), "{file}");
     }
-    assert_eq!(fs::read_dir(&run).unwrap().count(), 4, "nothing else");
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 5, "nothing else");
+    let record = fs::metadata(run.join("checkpoint.safetensors")).unwrap().len();
+    assert!(record < 100_000, "of a finished run just the record is left, not {record} bytes");
     let csv = fs::read_to_string(run.join("metrics.csv")).unwrap();
     assert_eq!(csv.lines().count(), 4, "{csv}");
     let config: Value = serde_json::from_slice(&fs::read(run.join("config.json")).unwrap()).unwrap();

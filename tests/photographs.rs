@@ -1,7 +1,7 @@
 //! The classic exercise, ants and bees, on real photographs. They are not part of the project: the tests look for them in
 //! `$HONE_ANTS_BEES` or beside the project, and say so where they are missing.
 
-use hone::train::{BnMode, CacheMode, Outcome, TrainConfig, Weights, fit};
+use hone::train::{Control, Outcome, TrainConfig, Weights, fit};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -17,20 +17,8 @@ fn photographs() -> Option<PathBuf> {
 
 fn run(data: &Path, weights: Weights, epochs: usize) -> Outcome {
     let out = TempDir::new().unwrap();
-    let config = TrainConfig {
-        data: data.to_path_buf(),
-        weights,
-        epochs,
-        batch_size: 32,
-        lr: 1e-3,
-        bn: BnMode::Frozen,
-        cache: CacheMode::Auto,
-        val_split: 0.2,
-        image_size: 224,
-        exif: false,
-        seed: 0,
-    };
-    fit(&config, &out.path().join("run"), &mut ()).unwrap()
+    let config = TrainConfig { epochs, ..TrainConfig::new(data.to_path_buf(), weights) };
+    fit(&config, &out.path().join("run"), Control::default(), &mut ()).unwrap()
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 use hone::nn::{Parameter, ResNet18, Stage};
 use hone::ops::{CrossEntropy, cross_entropy};
-use hone::optim::{Adam, AdamConfig, ParamGroup};
+use hone::optim::{Algorithm, Optimizer, ParamGroup};
 use hone::tensor::layout::{from_channels_first, to_channels_first};
 use hone::weights::{WeightsFile, locate_default};
 use hone::{Tensor, ops};
@@ -155,10 +155,9 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
     let network = network_with_head(&pool);
     network.set_trainable(|stage| rate(stage).is_some());
     network.use_batch_statistics(|_| batch_statistics);
-    let groups = Stage::ALL
-        .into_iter()
-        .filter_map(|stage| Some(ParamGroup { parameters: network.parameters(stage), lr: rate(stage)? }));
-    let mut adam = Adam::new(groups.collect(), AdamConfig::default());
+    let groups =
+        Stage::ALL.into_iter().filter_map(|stage| Some(ParamGroup::new(network.parameters(stage), rate(stage)?)));
+    let mut adam = Optimizer::new(groups.collect(), Algorithm::ADAM);
     let images = tensor(&pool, "images");
     let labels = labels(&pool);
     let order = pool.i64("order").unwrap();
@@ -174,7 +173,7 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
         let loss = cross_entropy(&network.forward(&x, true).unwrap(), &y, &CrossEntropy::default()).unwrap();
         let difference = (f64::from(loss.item().unwrap()) - f64::from(want)).abs();
         require(&format!("{name} loss of step {step}"), difference, loss_tolerance);
-        adam.step(&loss.backward().unwrap());
+        adam.step(&loss.backward().unwrap(), 1.0);
     }
     let head = network.head();
     require_close("fc.weight", head.weight.tensor().as_slice(), &file.f32("fc.weight").unwrap(), 1e-3);

@@ -36,6 +36,26 @@ impl Gradients {
         }
     }
 
+    /// Scales all gradients down so that their common norm is at most `max`; returns the norm they had. PyTorch's
+    /// `clip_grad_norm_`.
+    pub fn clip_norm(&mut self, max: f64) -> f64 {
+        // In the order of the leaves: a sum in the map's own order would differ from run to run.
+        let mut ids: Vec<TensorId> = self.0.keys().copied().collect();
+        ids.sort();
+        let squares = |t: &Tensor| cpu::elementwise::sum_of_squares(t.as_slice());
+        let norm = ids.iter().map(|id| squares(&self.0[id])).sum::<f64>().sqrt();
+        let factor = max / (norm + 1e-6);
+        if factor < 1.0 {
+            for id in ids {
+                if let Some(gradient) = self.0.remove(&id) {
+                    let scaled = gradient.map_in_place(|g| cpu::elementwise::scale(g, factor as f32));
+                    self.0.insert(id, scaled);
+                }
+            }
+        }
+        norm
+    }
+
     /// How many leaves have a gradient.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -6,7 +6,7 @@ use crate::autograd::no_grad;
 use crate::error::Result;
 use crate::nn::{ResNet18, Stage};
 use crate::ops::{CrossEntropy, cross_entropy};
-use crate::optim::{Adam, AdamConfig, ParamGroup};
+use crate::optim::{Algorithm, Optimizer, ParamGroup};
 use crate::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -39,10 +39,10 @@ pub fn run(args: Bench) -> Result<()> {
             network.set_trainable(|_| true);
             network.use_batch_statistics(|_| true);
             let parameters = Stage::ALL.into_iter().flat_map(|stage| network.parameters(stage)).collect();
-            let mut adam = Adam::new(vec![ParamGroup { parameters, lr: 1e-4 }], AdamConfig::default());
+            let mut adam = Optimizer::new(vec![ParamGroup::new(parameters, 1e-4)], Algorithm::ADAM);
             let seconds = median(args.seconds, || {
                 let loss = cross_entropy(&network.forward(&images, true)?, &labels, &CrossEntropy::default())?;
-                adam.step(&loss.backward()?);
+                adam.step(&loss.backward()?, 1.0);
                 Ok(())
             })?;
             // The two gradients of a convolution cost what its forward pass does; no gradient reaches the images.

@@ -7,7 +7,7 @@ use super::using::prediction_line;
 use crate::data::demo::write_pictures;
 use crate::data::expand_inputs;
 use crate::error::{Error, Result};
-use crate::train::{BnMode, CacheMode, Model, Outcome, TrainConfig, Weights, default_run_folder, fit, predict};
+use crate::train::{Control, Model, Outcome, TrainConfig, Weights, default_run_folder, fit, predict};
 use crate::weights::locate_default;
 use std::path::Path;
 
@@ -31,20 +31,9 @@ pub fn run(args: Demo) -> Result<()> {
     write_pictures(&pictures, PICTURES[0], PICTURES[1], PICTURE_SIZE, 0)?;
     say(&format!("drew pictures of four textures: {}", pictures.display()));
     let train = |weights: Weights, folder: &str, report: &mut Report| -> Result<Outcome> {
-        let config = TrainConfig {
-            data: pictures.clone(),
-            weights,
-            epochs: EPOCHS,
-            batch_size: 32,
-            lr: 1e-3,
-            bn: BnMode::Frozen,
-            cache: CacheMode::Auto,
-            val_split: 0.2,
-            image_size: IMAGE_SIZE,
-            exif: false,
-            seed: 0,
-        };
-        fit(&config, &out.join(folder), report)
+        let config =
+            TrainConfig { epochs: EPOCHS, image_size: IMAGE_SIZE, ..TrainConfig::new(pictures.clone(), weights) };
+        fit(&config, &out.join(folder), Control::default(), report)
     };
     let tuned = train(weights, "model", &mut Report::new(json))?;
     if json {

@@ -14,11 +14,11 @@ use args::{Args, Command};
 use clap::Parser;
 use std::process::ExitCode;
 
-/// Runs the program: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong command line.
+/// Runs the program: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong command line, 130 after Ctrl-C.
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let result = set_threads(args.command.threads()).and_then(|()| match args.command {
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(*args),
         Command::Eval(args) => using::eval(args),
         Command::Predict(args) => using::predict(args),
         Command::Features(args) => features::run(args),
@@ -30,7 +30,10 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report::error(&error);
-            ExitCode::FAILURE
+            match error {
+                Error::Interrupted { .. } => ExitCode::from(train::INTERRUPTED),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -2,35 +2,46 @@
 
 use super::args::Train;
 use super::report::{self, Report};
-use crate::error::Result;
-use crate::train::{Outcome, TrainConfig, default_run_folder, fit};
+use super::using::class_table;
+use crate::error::{Error, Result};
+use crate::train::{Control, Outcome, default_run_folder, fit, resume};
 use serde_json::json;
-use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Today in the local time zone, as `2026-01-31`.
 pub fn today() -> String {
     jiff::ZonedDateTime::now().date().to_string()
 }
 
+/// Set by Ctrl-C; the run then saves itself.
+static STOP: AtomicBool = AtomicBool::new(false);
+/// What shells expect of a program that Ctrl-C has ended.
+pub const INTERRUPTED: u8 = 130;
+
 pub fn run(args: Train) -> Result<()> {
-    let config = TrainConfig {
-        weights: args.weights()?,
-        epochs: args.epochs as usize,
-        batch_size: args.batch_size as usize,
-        lr: args.lr,
-        bn: args.bn.into(),
-        cache: args.cache.into(),
-        val_split: args.val_split,
-        image_size: args.image_size,
-        exif: args.exif,
-        seed: args.seed,
-        data: args.data,
+    // The first Ctrl-C asks, the second insists.
+    let handler = || {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
     };
-    let out: PathBuf = args.out.unwrap_or_else(|| default_run_folder(&config.data, &today()));
-    let outcome = fit(&config, &out, &mut Report::new(args.common.json))?;
+    ctrlc::set_handler(handler).map_err(|e| Error::config(format!("cannot watch for Ctrl-C ({e})"), "try again"))?;
+    let write_every = Duration::try_from_secs_f64(args.checkpoint_seconds).unwrap_or(Duration::MAX);
+    let control = Control { stop: Some(&STOP), write_every };
+    let mut report = Report::new(args.common.json);
+    let outcome = match &args.resume {
+        Some(folder) => resume(folder, control, &mut report)?,
+        None => {
+            let config = args.config()?;
+            let out = args.out.unwrap_or_else(|| default_run_folder(&config.data, &today()));
+            fit(&config, &out, control, &mut report)?
+        }
+    };
     if args.common.json {
         report::json_line(&done(&outcome));
     } else {
+        class_table(&outcome.classes, &outcome.confusion).iter().for_each(|line| report::line(line));
         report::line(&summary(&outcome));
     }
     Ok(())

@@ -21,6 +21,8 @@ pub fn eval(args: Eval) -> Result<()> {
             "images": result.images,
             "classes": model.classes,
             "confusion": result.confusion.counts,
+            "top5_accuracy": result.confusion.top5_accuracy(),
+            "per_class": result.confusion.class_metrics(),
             "skipped": result.skipped.iter().map(|s| s.file.to_string_lossy()).collect::<Vec<_>>(),
         }));
         return Ok(());
@@ -33,10 +35,24 @@ pub fn eval(args: Eval) -> Result<()> {
         "accuracy {:.4}, loss {:.4} on {} pictures{skipped}",
         result.accuracy, result.loss, result.images
     ));
-    if model.classes.len() <= MAX_TABLE {
-        confusion_table(&model.classes, &result.confusion).iter().for_each(|line| report::line(line));
-    }
+    class_table(&model.classes, &result.confusion).iter().for_each(|line| report::line(line));
     Ok(())
+}
+
+/// Precision, recall and F1 of every class; what was taken for what, where that fits a screen; top-5 accuracy.
+pub fn class_table(classes: &[String], confusion: &Confusion) -> Vec<String> {
+    let name = classes.iter().map(|c| c.chars().count()).max().unwrap_or(0).max("class".len());
+    let share = |x: Option<f64>| x.map_or("-".to_string(), |x| format!("{x:.4}"));
+    let mut lines = vec![format!("{:<name$}  precision  recall      f1  pictures", "class")];
+    for (class, m) in classes.iter().zip(confusion.class_metrics()) {
+        let (precision, recall, f1) = (share(m.precision), share(m.recall), share(m.f1));
+        lines.push(format!("{class:<name$}  {precision:>9}  {recall:>6}  {f1:>6}  {:>8}", m.support));
+    }
+    if classes.len() <= MAX_TABLE {
+        lines.extend(confusion_table(classes, confusion));
+    }
+    lines.extend(confusion.top5_accuracy().map(|top5| format!("top-5 accuracy {top5:.4}")));
+    lines
 }
 
 /// Rows are true classes, columns what they were taken for.

@@ -39,7 +39,35 @@ pub fn sum(x: &[f32]) -> f64 {
     parts.into_iter().sum()
 }
 
+/// Sum of the squares of all elements, in f64, as [`sum`].
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let parts: Vec<f64> = x.par_chunks(CHUNK).map(sum_of_squares_chunk).collect();
+    parts.into_iter().sum()
+}
+
+/// `a = a * keep + b * (1 - keep)`.
+pub fn blend(a: &mut [f32], b: &[f32], keep: f32) {
+    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| blend_chunk(a, b, keep));
+}
+
 vectorised! {
+    fn blend_chunk(a: &mut [f32], b: &[f32], keep: f32) {
+        for (a, &b) in a.iter_mut().zip(b) {
+            *a = *a * keep + b * (1.0 - keep);
+        }
+    }
+
+    fn sum_of_squares_chunk(x: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        let (blocks, rest) = x.as_chunks::<8>();
+        for block in blocks {
+            for (lane, &x) in lanes.iter_mut().zip(block) {
+                *lane += f64::from(x) * f64::from(x);
+            }
+        }
+        lanes.into_iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+    }
+
     fn relu_chunk(x: &[f32], y: &mut [f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
             *y = if x < 0.0 { 0.0 } else { x };

@@ -77,6 +77,11 @@ impl Preprocess {
         Ok(out)
     }
 
+    /// Resizes the part `[left, top, width, height]` of a picture to `[crop, crop, 3]`.
+    pub(super) fn resize_part(&self, picture: &Pixels, part: [u32; 4]) -> std::result::Result<Vec<u8>, String> {
+        resize(picture, part.map(f64::from), [self.crop; 2]).map_err(|e| format!("cannot resize it ({e})"))
+    }
+
     /// The part of an axis of the resized picture that the crop keeps.
     fn window(&self, extent: u64) -> Window {
         let crop = u64::from(self.crop);
@@ -97,8 +102,6 @@ impl Preprocess {
         x: &Window,
         y: &Window,
     ) -> std::result::Result<Vec<u8>, Box<dyn std::error::Error>> {
-        let source = ImageRef::new(picture.width, picture.height, &picture.data, PixelType::U8x3)?;
-        let mut target = Image::new(x.len, y.len, PixelType::U8x3);
         let scale = [f64::from(picture.width) / width as f64, f64::from(picture.height) / height as f64];
         let box_of = |w: &Window, scale: f64, extent: u32| {
             let start = f64::from(w.start) * scale;
@@ -107,12 +110,7 @@ impl Preprocess {
         };
         let (left, box_width) = box_of(x, scale[0], picture.width);
         let (top, box_height) = box_of(y, scale[1], picture.height);
-        let options = ResizeOptions::new()
-            .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
-            .crop(left, top, box_width, box_height)
-            .use_alpha(false);
-        Resizer::new().resize(&source, &mut target, &options)?;
-        Ok(target.into_vec())
+        resize(picture, [left, top, box_width, box_height], [x.len, y.len])
     }
 
     /// `(x / 255 - mean) / std`, as ToTensor and Normalize compute it, for pixels `[.., 3]`.
@@ -125,4 +123,20 @@ impl Preprocess {
             *out = std::array::from_fn(|channel| table[channel][usize::from(pixel[channel])]);
         }
     }
+}
+
+/// Antialiased bilinear resize of the part `[left, top, width, height]` to `[width, height]`.
+fn resize(
+    picture: &Pixels,
+    [left, top, width, height]: [f64; 4],
+    size: [u32; 2],
+) -> std::result::Result<Vec<u8>, Box<dyn std::error::Error>> {
+    let source = ImageRef::new(picture.width, picture.height, &picture.data, PixelType::U8x3)?;
+    let mut target = Image::new(size[0], size[1], PixelType::U8x3);
+    let options = ResizeOptions::new()
+        .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
+        .crop(left, top, width, height)
+        .use_alpha(false);
+    Resizer::new().resize(&source, &mut target, &options)?;
+    Ok(target.into_vec())
 }

@@ -121,18 +121,35 @@ impl ResNet18 {
         }
     }
 
+    /// What `cut` is given for images `[N, H, W, 3]`: the stages before it, and the pooling before the head, `[N, 512]`.
+    pub fn prefix(&self, images: &Tensor, cut: Stage, training: bool) -> Result<Tensor> {
+        let mut x = images.clone();
+        for stage in Stage::ALL.into_iter().filter(|stage| *stage < cut) {
+            x = self.stage(stage, &x, training)?;
+        }
+        if cut == Stage::Head { ops::global_avg_pool(&x) } else { Ok(x) }
+    }
+
+    /// Logits `[N, classes]` of what [`ResNet18::prefix`] gave for the same `cut`.
+    pub fn suffix(&self, x: &Tensor, cut: Stage, training: bool) -> Result<Tensor> {
+        if cut == Stage::Head {
+            return self.head.forward(x);
+        }
+        let mut x = x.clone();
+        for stage in Stage::ALL.into_iter().filter(|stage| *stage >= cut) {
+            x = self.stage(stage, &x, training)?;
+        }
+        Ok(x)
+    }
+
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.
     pub fn features(&self, images: &Tensor, training: bool) -> Result<Tensor> {
-        let mut x = images.clone();
-        for stage in &Stage::ALL[..5] {
-            x = self.stage(*stage, &x, training)?;
-        }
-        ops::global_avg_pool(&x)
+        self.prefix(images, Stage::Head, training)
     }
 
     /// Images `[N, H, W, 3]`, normalised, to logits `[N, classes]`.
     pub fn forward(&self, images: &Tensor, training: bool) -> Result<Tensor> {
-        self.head.forward(&self.features(images, training)?)
+        self.suffix(images, Stage::Stem, training)
     }
 
     /// The shapes of all convolutions for `n` images of `h` by `w`, in the order they run.

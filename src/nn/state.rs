@@ -132,6 +132,27 @@ impl ResNet18 {
     }
 }
 
+impl ResNet18 {
+    /// Puts back the values of a file that holds the tensors of [`Snapshot::tensors`] under names that begin with `prefix`.
+    pub fn restore(&self, file: &WeightsFile, prefix: &str) -> Result<()> {
+        for (name, slot) in self.slots() {
+            let name = format!("{prefix}{name}");
+            match slot {
+                Slot::Values(parameter) => {
+                    let shape = file_shape(parameter.shape());
+                    let values = file.f32(&name)?;
+                    parameter.set(match shape.len() {
+                        4 => layout::from_channels_first(&values, &shape)?,
+                        _ => Tensor::from_slice(&values, shape)?,
+                    });
+                }
+                Slot::Count(count) => count.store(file.i64(&name)?.first().copied().unwrap_or(0), Ordering::Relaxed),
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Snapshot {
     /// The tensors for a file that torchvision's `load_state_dict` takes.
     pub fn tensors(&self) -> Result<Vec<NamedTensor<'_>>> {

@@ -1,16 +1,7 @@
-//! Optimisers.
+//! Optimisers and learning-rate schedules.
 
-mod adam;
+mod optimizer;
+mod schedule;
 
-pub use adam::{Adam, AdamConfig};
-
-use crate::nn::Parameter;
-use std::sync::Arc;
-
-/// Parameters that share a rate.
-pub struct ParamGroup {
-    /// What is trained.
-    pub parameters: Vec<Arc<Parameter>>,
-    /// Learning rate.
-    pub lr: f64,
-}
+pub use optimizer::{Algorithm, Optimizer, ParamGroup, SavedState};
+pub use schedule::{Schedule, ScheduleKind};

@@ -171,6 +171,11 @@ impl Tensor {
         }
     }
 
+    /// Whether both lie in the same memory.
+    pub fn shares_memory(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.0.storage, &other.0.storage)
+    }
+
     /// The shared storage.
     pub(crate) fn storage(&self) -> &Arc<Storage> {
         &self.0.storage

@@ -1,23 +1,22 @@
 //! From files to batches, doing once what comes out the same in every epoch.
 
-use super::{BnMode, CacheMode, Observer};
+use super::Observer;
+use super::config::{BnMode, CacheMode, TrainConfig};
 use crate::autograd::no_grad;
-use crate::data::{Preprocess, Sample, ordered_parallel};
+use crate::data::{Augment, Pixels, Preprocess, Sample, decode, generator, ordered_parallel};
 use crate::error::{Error, Result};
-use crate::nn::{FEATURES, ResNet18};
+use crate::nn::{ResNet18, Stage};
 use crate::tensor::{Tensor, pool};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Pictures decoded ahead of the one being computed, in batches.
 const BATCHES_AHEAD: usize = 2;
-/// Decoded pictures are kept from epoch to epoch if they take no more bytes than this.
-const PIXEL_BUDGET: usize = 2 << 30;
 
 /// A picture that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// The file.
     pub file: PathBuf,
@@ -25,7 +24,23 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// Decodes `samples[order[..]]` in parallel and ahead of the compute, in groups of `batch`.
+/// Results of `load` for each index of `order`, computed in parallel and ahead, in groups of `batch`.
+fn batches<T: Send + 'static>(
+    order: Vec<usize>,
+    batch: usize,
+    load: impl Fn(usize) -> Result<T> + Send + Sync + 'static,
+) -> impl Iterator<Item = Vec<(usize, Result<T>)>> {
+    let mut left = order.len();
+    let f = move |i: usize| (order[i], load(order[i]));
+    let mut items = ordered_parallel(left, rayon::current_num_threads(), BATCHES_AHEAD * batch, f);
+    std::iter::from_fn(move || {
+        let take = batch.min(left);
+        left -= take;
+        (take > 0).then(|| items.by_ref().take(take).collect())
+    })
+}
+
+/// Decodes and preprocesses `samples[order[..]]` in groups of `batch`.
 pub(super) fn decode_batches(
     samples: Arc<[Sample]>,
     order: Vec<usize>,
@@ -33,14 +48,7 @@ pub(super) fn decode_batches(
     batch: usize,
 ) -> impl Iterator<Item = Vec<(usize, Result<Vec<u8>>)>> + use<> {
     let preprocess = preprocess.clone();
-    let mut left = order.len();
-    let load = move |i: usize| (order[i], preprocess.load(&samples[order[i]].path));
-    let mut items = ordered_parallel(left, rayon::current_num_threads(), BATCHES_AHEAD * batch, load);
-    std::iter::from_fn(move || {
-        let take = batch.min(left);
-        left -= take;
-        (take > 0).then(|| items.by_ref().take(take).collect())
-    })
+    batches(order, batch, move |i| preprocess.load(&samples[i].path))
 }
 
 /// `[N, crop, crop, 3]`, normalised, from decoded pictures.
@@ -51,38 +59,32 @@ pub(super) fn images(pictures: &[&[u8]], preprocess: &Preprocess) -> Tensor {
     })
 }
 
-/// Where the pictures of a split come from in an epoch.
+/// Where the pictures of a split come from in an epoch. Entries of pictures that cannot be read are empty.
 enum Source {
     /// Decoded anew.
     Files,
-    /// Decoded once, 8 bits a value; none for those that cannot be read.
-    Pixels(Vec<Option<Vec<u8>>>),
-    /// Sent through the frozen backbone once, `[N, 512]`; rows of those that cannot be read are zero.
-    Features(Tensor),
+    /// Decoded once at full size, to be changed at random in every epoch.
+    Originals(Arc<Vec<Option<Pixels>>>),
+    /// Decoded and preprocessed once, 8 bits a value.
+    Pictures(Vec<Option<Vec<u8>>>),
+    /// Sent through the frozen stages once: what `stage` is given, and the extents of one picture's.
+    Activations { stage: Stage, dims: Vec<usize>, values: Vec<f32> },
 }
 
 /// What the network is given.
-pub(super) enum Input {
-    /// `[N, H, W, 3]`.
-    Images(Tensor),
-    /// `[N, 512]`.
-    Features(Tensor),
-}
-
-impl Input {
-    /// The features of the batch; computed if they are not there yet.
-    pub fn features(&self, network: &ResNet18, training: bool) -> Result<Tensor> {
-        match self {
-            Input::Images(images) => network.features(images, training),
-            Input::Features(features) => Ok(features.clone()),
-        }
-    }
+pub struct Input {
+    /// The stage that takes it.
+    pub stage: Stage,
+    /// As `ResNet18::prefix` gives it for that stage: images for the stem.
+    pub tensor: Tensor,
 }
 
 /// Training or validation pictures.
 pub(super) struct Split {
     samples: Arc<[Sample]>,
     preprocess: Preprocess,
+    augment: Augment,
+    seed: u64,
     source: Source,
     /// Known to be unreadable.
     bad: Vec<bool>,
@@ -93,52 +95,118 @@ pub(super) struct Split {
 }
 
 impl Split {
-    pub fn new(name: &'static str, samples: Vec<Sample>, preprocess: &Preprocess) -> Self {
-        let bad = vec![false; samples.len()];
-        let (samples, preprocess) = (samples.into(), preprocess.clone());
-        Split { samples, preprocess, source: Source::Files, bad, skipped: Vec::new(), name }
+    pub fn new(name: &'static str, samples: Vec<Sample>, preprocess: &Preprocess, augment: Augment, seed: u64) -> Self {
+        let (bad, preprocess) = (vec![false; samples.len()], preprocess.clone());
+        Split {
+            samples: samples.into(),
+            preprocess,
+            augment,
+            seed,
+            source: Source::Files,
+            bad,
+            skipped: Vec::new(),
+            name,
+        }
     }
 
     pub fn len(&self) -> usize {
         self.samples.len()
     }
 
-    /// Keeps what stays the same from epoch to epoch, as far as the settings allow.
+    /// Class of every picture.
+    pub fn labels(&self) -> impl Iterator<Item = usize> + '_ {
+        self.samples.iter().map(|sample| sample.label)
+    }
+
+    /// Keeps what stays the same from epoch to epoch, as far as the settings and `budget` (in bytes, reduced by what is
+    /// used) allow: what the stages below `cut` give, else the decoded pictures. Returns what it keeps, in words.
     pub fn prepare(
         &mut self,
         network: &ResNet18,
-        bn: BnMode,
-        cache: CacheMode,
+        cut: Stage,
+        config: &TrainConfig,
+        budget: &mut usize,
+        observer: &mut dyn Observer,
+    ) -> Result<&'static str> {
+        self.source = Source::Files;
+        if config.cache == CacheMode::Off || self.len() == 0 {
+            return Ok("nothing");
+        }
+        let side = self.preprocess.crop as usize;
+        let batch = config.batch_size;
+        if self.augment != Augment::None {
+            return self.keep_originals(batch, budget, observer);
+        }
+        if config.bn == BnMode::Frozen && cut > Stage::Stem {
+            let probe = no_grad(|| network.prefix(&Tensor::zeros([1, side, side, 3]), cut, false))?;
+            let bytes = self.len() * probe.numel() * size_of::<f32>();
+            if bytes <= *budget {
+                *budget -= bytes;
+                self.keep_activations(network, cut, probe.dims()[1..].to_vec(), batch, observer)?;
+                pool::release_unused();
+                return Ok(if cut == Stage::Head { "features" } else { "activations" });
+            }
+        }
+        let bytes = self.len() * side * side * 3;
+        if bytes > *budget {
+            return Ok("nothing");
+        }
+        *budget -= bytes;
+        let mut pictures = vec![None; self.len()];
+        self.for_each_decoded(batch, observer, |indices, decoded, _| {
+            indices.iter().zip(decoded).for_each(|(&i, p)| pictures[i] = Some(p.to_vec()));
+            Ok(())
+        })?;
+        self.source = Source::Pictures(pictures);
+        Ok("decoded pictures")
+    }
+
+    fn keep_activations(
+        &mut self,
+        network: &ResNet18,
+        stage: Stage,
+        dims: Vec<usize>,
         batch: usize,
         observer: &mut dyn Observer,
     ) -> Result<()> {
-        let picture = (self.preprocess.crop as usize).pow(2) * 3;
-        match (cache, bn) {
-            (CacheMode::Off, _) => return Ok(()),
-            (CacheMode::Auto, BnMode::Frozen) => {
-                let len = self.len();
-                let mut features = vec![0.0; len * FEATURES];
-                self.for_each_decoded(batch, observer, |indices, pictures, preprocess| {
-                    let rows = no_grad(|| network.features(&images(pictures, preprocess), false))?;
-                    for (&i, row) in indices.iter().zip(rows.as_slice::<f32>().chunks_exact(FEATURES)) {
-                        features[i * FEATURES..][..FEATURES].copy_from_slice(row);
-                    }
-                    Ok(())
-                })?;
-                self.source = Source::Features(Tensor::from_slice(&features, [len, FEATURES])?);
-                pool::release_unused();
+        let row: usize = dims.iter().product();
+        let mut values = vec![0.0; self.len() * row];
+        self.for_each_decoded(batch, observer, |indices, pictures, preprocess| {
+            let x = no_grad(|| network.prefix(&images(pictures, preprocess), stage, false))?;
+            for (&i, x) in indices.iter().zip(x.as_slice::<f32>().chunks_exact(row)) {
+                values[i * row..][..row].copy_from_slice(x);
             }
-            (CacheMode::Auto, BnMode::Batch) if self.len() * picture <= PIXEL_BUDGET => {
-                let mut pixels = vec![None; self.len()];
-                self.for_each_decoded(batch, observer, |indices, pictures, _| {
-                    indices.iter().zip(pictures).for_each(|(&i, p)| pixels[i] = Some(p.to_vec()));
-                    Ok(())
-                })?;
-                self.source = Source::Pixels(pixels);
-            }
-            (CacheMode::Auto, BnMode::Batch) => return Ok(()),
-        }
+            Ok(())
+        })?;
+        self.source = Source::Activations { stage, dims, values };
         self.check_classes()
+    }
+
+    /// Decodes everything at full size; gives up, and keeps nothing, once the budget is spent.
+    fn keep_originals(
+        &mut self,
+        batch: usize,
+        budget: &mut usize,
+        observer: &mut dyn Observer,
+    ) -> Result<&'static str> {
+        let (samples, exif) = (self.samples.clone(), self.preprocess.exif);
+        let mut originals = vec![None; self.len()];
+        let (mut used, mut done) = (0, 0);
+        for decoded in batches((0..self.len()).collect(), batch, move |i| decode(&samples[i].path, exif)) {
+            done += decoded.len();
+            for (i, picture) in self.keep_readable(decoded, observer) {
+                used += picture.data.len();
+                originals[i] = Some(picture);
+            }
+            if used > *budget {
+                return Ok("nothing");
+            }
+            observer.progress(self.name, done, self.samples.len());
+        }
+        *budget -= used;
+        self.source = Source::Originals(Arc::new(originals));
+        self.check_classes()?;
+        Ok("decoded pictures")
     }
 
     /// One pass over all pictures in their order, those that cannot be read left out.
@@ -148,28 +216,22 @@ impl Split {
         observer: &mut dyn Observer,
         mut body: impl FnMut(&[usize], &[&[u8]], &Preprocess) -> Result<()>,
     ) -> Result<()> {
-        let total = self.len();
         let mut done = 0;
-        let order = (0..total).collect();
+        let order = (0..self.len()).collect();
         for decoded in decode_batches(self.samples.clone(), order, &self.preprocess, batch) {
             done += decoded.len();
-            let good = self.keep_readable(decoded, observer);
-            let indices: Vec<usize> = good.iter().map(|(i, _)| *i).collect();
-            let pictures: Vec<&[u8]> = good.iter().map(|(_, picture)| picture.as_slice()).collect();
-            if !good.is_empty() {
+            let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
+            let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
+            if !indices.is_empty() {
                 body(&indices, &pictures, &self.preprocess)?;
             }
-            observer.progress(self.name, done, total);
+            observer.progress(self.name, done, self.len());
         }
-        Ok(())
+        self.check_classes()
     }
 
     /// Leaves out what could not be decoded, and reports it the first time.
-    fn keep_readable(
-        &mut self,
-        decoded: Vec<(usize, Result<Vec<u8>>)>,
-        observer: &mut dyn Observer,
-    ) -> Vec<(usize, Vec<u8>)> {
+    fn keep_readable<T>(&mut self, decoded: Vec<(usize, Result<T>)>, observer: &mut dyn Observer) -> Vec<(usize, T)> {
         let mut good = Vec::with_capacity(decoded.len());
         for (i, result) in decoded {
             match result {
@@ -186,8 +248,8 @@ impl Split {
         good
     }
 
-    /// An error if all the pictures of a class are known to be unreadable, or all there are. Call it after a full pass.
-    pub fn check_classes(&self) -> Result<()> {
+    /// An error if all the pictures of a class are known to be unreadable. Call it after a full pass.
+    fn check_classes(&self) -> Result<()> {
         let mut readable = std::collections::BTreeMap::<usize, (usize, &Sample)>::new();
         for (sample, &bad) in self.samples.iter().zip(&self.bad) {
             readable.entry(sample.label).or_insert((0, sample)).0 += usize::from(!bad);
@@ -202,30 +264,50 @@ impl Split {
         }
     }
 
+    /// What decodes picture `i` as `epoch` sees it, for sources that need work in every epoch.
+    fn loader(&self, epoch: usize) -> impl Fn(usize) -> Result<Vec<u8>> + Send + Sync + use<> {
+        let (samples, preprocess) = (self.samples.clone(), self.preprocess.clone());
+        let (augment, seed) = (self.augment, self.seed);
+        let originals = match &self.source {
+            Source::Originals(originals) => Some(originals.clone()),
+            _ => None,
+        };
+        move |i| {
+            let path = &samples[i].path;
+            let decoded;
+            let picture = match &originals {
+                Some(kept) => kept[i].as_ref().ok_or_else(|| Error::file(path, "cannot be read", "replace it"))?,
+                None => {
+                    decoded = decode(path, preprocess.exif)?;
+                    &decoded
+                }
+            };
+            augment
+                .apply(picture, &preprocess, generator(seed, epoch, i))
+                .map_err(|problem| Error::file(path, problem, "replace or remove it"))
+        }
+    }
+
     /// Calls `body` with each batch of `order` in turn: what the network is given, and the labels. Pictures that cannot be
-    /// read leave their batch smaller, whatever the source, so that caching changes nothing.
+    /// read leave their batch smaller, whatever the source, so that caching changes nothing; a batch may be empty.
     pub fn for_each_batch(
         &mut self,
-        order: Vec<usize>,
+        order: &[usize],
         batch: usize,
+        epoch: usize,
         observer: &mut dyn Observer,
         phase: &'static str,
-        mut body: impl FnMut(Input, Tensor) -> Result<()>,
+        mut body: impl FnMut(Option<(Input, Tensor)>) -> Result<()>,
     ) -> Result<()> {
         let total = order.len();
         let mut done = 0;
-        let mut give = |indices: Vec<usize>, input: Input, samples: &[Sample]| -> Result<()> {
-            let labels: Vec<i64> = indices.iter().map(|&i| samples[i].label as i64).collect();
-            body(input, Tensor::from_slice(&labels, [labels.len()])?)
-        };
-        if matches!(self.source, Source::Files) {
-            for decoded in decode_batches(self.samples.clone(), order, &self.preprocess, batch) {
+        if matches!(self.source, Source::Files | Source::Originals(_)) {
+            for decoded in batches(order.to_vec(), batch, self.loader(epoch)) {
                 done += decoded.len();
                 let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
-                if !indices.is_empty() {
-                    let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
-                    give(indices, Input::Images(images(&pictures, &self.preprocess)), &self.samples)?;
-                }
+                let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
+                let tensor = || images(&pictures, &self.preprocess);
+                body(self.batch(&indices, || Input { stage: Stage::Stem, tensor: tensor() })?)?;
                 observer.progress(phase, done, total);
             }
             return self.check_classes();
@@ -233,30 +315,38 @@ impl Split {
         for chunk in order.chunks(batch) {
             done += chunk.len();
             let indices: Vec<usize> = chunk.iter().copied().filter(|&i| !self.bad[i]).collect();
-            if indices.is_empty() {
-                continue;
-            }
-            let input = match &self.source {
-                Source::Pixels(pixels) => {
-                    let pictures: Vec<&[u8]> = indices.iter().filter_map(|&i| pixels[i].as_deref()).collect();
-                    Input::Images(images(&pictures, &self.preprocess))
-                }
-                Source::Features(features) => Input::Features(rows(features, &indices)),
-                Source::Files => unreachable!("handled above"),
-            };
-            give(indices, input, &self.samples)?;
+            body(self.batch(&indices, || self.kept(&indices))?)?;
             observer.progress(phase, done, total);
         }
         Ok(())
     }
-}
 
-/// Rows `indices` of a matrix.
-fn rows(matrix: &Tensor, indices: &[usize]) -> Tensor {
-    let width = matrix.dims()[1];
-    Tensor::build([indices.len(), width], |out: &mut [f32]| {
-        for (out, &i) in out.chunks_exact_mut(width).zip(indices) {
-            out.copy_from_slice(&matrix.as_slice::<f32>()[i * width..][..width]);
+    fn batch(&self, indices: &[usize], input: impl FnOnce() -> Input) -> Result<Option<(Input, Tensor)>> {
+        if indices.is_empty() {
+            return Ok(None);
         }
-    })
+        let labels: Vec<i64> = indices.iter().map(|&i| self.samples[i].label as i64).collect();
+        Ok(Some((input(), Tensor::from_slice(&labels, [labels.len()])?)))
+    }
+
+    /// The input of a batch from what was kept.
+    fn kept(&self, indices: &[usize]) -> Input {
+        match &self.source {
+            Source::Pictures(pictures) => {
+                let pictures: Vec<&[u8]> = indices.iter().filter_map(|&i| pictures[i].as_deref()).collect();
+                Input { stage: Stage::Stem, tensor: images(&pictures, &self.preprocess) }
+            }
+            Source::Activations { stage, dims, values } => {
+                let row: usize = dims.iter().product();
+                let dims = [&[indices.len()], dims.as_slice()].concat();
+                let tensor = Tensor::build(dims, |out: &mut [f32]| {
+                    for (out, &i) in out.chunks_exact_mut(row).zip(indices) {
+                        out.copy_from_slice(&values[i * row..][..row]);
+                    }
+                });
+                Input { stage: *stage, tensor }
+            }
+            Source::Files | Source::Originals(_) => unreachable!("these are decoded in every epoch"),
+        }
+    }
 }

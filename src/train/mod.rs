@@ -1,79 +1,30 @@
-//! The training loop and what surrounds it: settings, inputs and their caches, metrics, the run folder, evaluation.
+//! The training loop and what surrounds it: settings, inputs and their caches, metrics, checkpoints, evaluation.
 //!
 //! It reports through an [`Observer`] and prints nothing.
 
+mod checkpoint;
+mod config;
+mod ema;
 mod evaluate;
 mod fit;
 mod inputs;
 mod metrics;
+mod mix;
 pub mod model;
+mod record;
 mod run_folder;
+mod step;
 
+pub use config::{Balance, BnMode, CacheMode, Depth, OptimizerKind, ScheduleName, TrainConfig, Weights};
 pub use evaluate::{Evaluation, Features, Prediction, evaluate, features_of, predict};
-pub use fit::fit;
+pub use fit::{Control, fit, resume};
 pub use inputs::Skipped;
-pub use metrics::Confusion;
+pub use metrics::{ClassMetrics, Confusion};
 pub use model::Model;
+pub use run_folder::default as default_run_folder;
 
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
-
-/// How batch norms of frozen layers normalise during training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BnMode {
-    /// By the stored statistics, which stay as they are.
-    Frozen,
-    /// By those of the batch, updating the stored ones: PyTorch's `model.train()`.
-    Batch,
-}
-
-/// Whether work that comes out the same in every epoch is done once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CacheMode {
-    /// Keep the frozen backbone's features, else the decoded pictures.
-    Auto,
-    /// Decode and compute everything in every epoch.
-    Off,
-}
-
-/// Where the backbone comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Weights {
-    /// A safetensors file with torchvision's names.
-    File(PathBuf),
-    /// Random values: the untrained baseline.
-    Random,
-}
-
-/// Everything that decides the outcome of a run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TrainConfig {
-    /// Folder of pictures.
-    pub data: PathBuf,
-    /// The backbone.
-    pub weights: Weights,
-    /// Passes over the training pictures.
-    pub epochs: usize,
-    /// Pictures a step.
-    pub batch_size: usize,
-    /// Learning rate of Adam.
-    pub lr: f64,
-    /// Batch norms of frozen layers.
-    pub bn: BnMode,
-    /// What is kept from epoch to epoch.
-    pub cache: CacheMode,
-    /// Share of each class held out where the folder has no split of its own.
-    pub val_split: f64,
-    /// Side of the crop, in pixels.
-    pub image_size: u32,
-    /// Whether pictures are turned as their EXIF data says.
-    pub exif: bool,
-    /// Decides the new head, the split and the order of pictures.
-    pub seed: u64,
-}
+use std::path::PathBuf;
 
 /// The outcome of one epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,9 +54,13 @@ pub struct Outcome {
     pub epochs: Vec<Epoch>,
     /// The one whose model was kept.
     pub best: Epoch,
-    /// That model.
+    /// What that model took each validation picture for.
+    pub confusion: Confusion,
+    /// Names of the classes.
+    pub classes: Vec<String>,
+    /// The model.
     pub model: PathBuf,
-    /// From the start of the run to its last file, in seconds.
+    /// From the start of the run, or of its continuation, to its last file, in seconds.
     pub seconds: f64,
     /// Pictures that could not be read.
     pub skipped: Vec<Skipped>,
@@ -125,8 +80,3 @@ pub trait Observer {
 
 /// An observer that does not care.
 impl Observer for () {}
-
-/// The folder of a run that was not told where to write: `runs/DATE-NAME`, with a number if that exists.
-pub fn default_run_folder(data: &Path, today: &str) -> PathBuf {
-    run_folder::default(data, today)
-}

@@ -1,5 +1,6 @@
-//! What a run leaves behind: model.safetensors, last.safetensors, config.json, metrics.csv.
+//! What a run leaves behind: model.safetensors, last.safetensors, config.json, metrics.csv; a checkpoint while it runs.
 
+use super::checkpoint;
 use super::model;
 use super::{Epoch, TrainConfig};
 use crate::data::Preprocess;
@@ -9,10 +10,6 @@ use crate::weights::write_atomically;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-/// Models are written when this long has passed since the last time, and at the end: a head on cached features takes
-/// milliseconds an epoch, and a model takes longer than that to write.
-const WRITE_EVERY: Duration = Duration::from_secs(10);
 
 /// A run's folder and what is yet to be written to it.
 pub struct RunFolder {
@@ -24,7 +21,8 @@ pub struct RunFolder {
     written: Instant,
 }
 
-/// `runs/DATE-NAME`, or the first of `runs/DATE-NAME-2`, ... that does not exist.
+/// The folder of a run that was not told where to write: `runs/DATE-NAME`, or the first of `runs/DATE-NAME-2`, ... that
+/// does not exist.
 pub fn default(data: &Path, today: &str) -> PathBuf {
     let absolute = std::fs::canonicalize(data).unwrap_or_else(|_| data.to_path_buf());
     let name = absolute.file_name().map_or("data".into(), |name| name.to_string_lossy().into_owned());
@@ -35,32 +33,48 @@ pub fn default(data: &Path, today: &str) -> PathBuf {
     (1..).map(numbered).find(|path| !path.exists()).expect("some number is free")
 }
 
+/// Settings of the run in `path`, as its config.json has them.
+pub fn read_config(path: &Path) -> Result<TrainConfig> {
+    let file = path.join("config.json");
+    let text = std::fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    let settings = serde_json::from_str::<serde_json::Value>(&text).map(|mut value| value["settings"].take());
+    settings.and_then(serde_json::from_value).map_err(|e| {
+        Error::file(&file, format!("not the settings of a run of this version of hone ({e})"), "start the run anew")
+    })
+}
+
 impl RunFolder {
     /// Makes the folder and writes config.json, so that a folder that cannot be written to is known before the work. A
     /// folder that holds a run is left alone.
     pub fn create(path: &Path, config: &TrainConfig, classes: &[String], preprocess: &Preprocess) -> Result<Self> {
-        if path.join("model.safetensors").exists() || path.join("last.safetensors").exists() {
-            let hint = "choose another --out, or move the old run away";
-            return Err(Error::file(path, "the folder already holds a trained model", hint));
+        for file in ["model.safetensors", "last.safetensors", checkpoint::FILE] {
+            if path.join(file).exists() {
+                let hint = "choose another --out, or go on with --resume";
+                return Err(Error::file(path, format!("the folder already holds a run ({file})"), hint));
+            }
         }
         std::fs::create_dir_all(path).map_err(Error::io("create the folder", path))?;
-        let folder = RunFolder {
-            path: path.to_path_buf(),
-            classes: classes.to_vec(),
-            preprocess: preprocess.clone(),
-            best: None,
-            last: None,
-            written: Instant::now(),
-        };
         let config = json!({
             "hone_version": env!("CARGO_PKG_VERSION"),
             "settings": config,
             "classes": classes,
             "preprocess": preprocess,
         });
-        let text = serde_json::to_string_pretty(&config).expect("plain values have a JSON form") + "\n";
-        write_atomically(&folder.path.join("config.json"), |out| out.write_all(text.as_bytes()))?;
-        Ok(folder)
+        let text = format!("{config:#}\n");
+        write_atomically(&path.join("config.json"), |out| out.write_all(text.as_bytes()))?;
+        Ok(Self::reopen(path, classes, preprocess))
+    }
+
+    /// The folder of a run that goes on.
+    pub fn reopen(path: &Path, classes: &[String], preprocess: &Preprocess) -> Self {
+        RunFolder {
+            path: path.to_path_buf(),
+            classes: classes.to_vec(),
+            preprocess: preprocess.clone(),
+            best: None,
+            last: None,
+            written: Instant::now(),
+        }
     }
 
     /// Where the best model is, or will be.
@@ -68,22 +82,27 @@ impl RunFolder {
         self.path.join("model.safetensors")
     }
 
-    /// Takes in an epoch. `snapshot` is the network after it, `best` whether it is the best so far.
-    pub fn record(&mut self, epochs: &[Epoch], snapshot: impl Fn() -> Snapshot, best: bool) -> Result<()> {
-        let Some(epoch) = epochs.last() else { return Ok(()) };
-        if best {
-            self.best = Some((*epoch, snapshot()));
-        }
-        self.last = Some((*epoch, snapshot()));
-        self.write_metrics(epochs)?;
-        if epoch.epoch == epoch.epochs || self.written.elapsed() >= WRITE_EVERY {
-            self.flush()?;
-        }
-        Ok(())
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Writes the models that have not been written yet.
-    fn flush(&mut self) -> Result<()> {
+    /// Takes in an epoch. `snapshot` is the network to keep of it, `best` whether it is the best so far.
+    pub fn record(&mut self, epoch: Epoch, snapshot: impl Fn() -> Snapshot, best: bool) {
+        if best {
+            self.best = Some((epoch, snapshot()));
+        }
+        self.last = Some((epoch, snapshot()));
+    }
+
+    /// Whether nothing has been written for this long.
+    pub fn is_due(&self, every: Duration) -> bool {
+        self.written.elapsed() >= every
+    }
+
+    /// Writes the models that have not been written yet, then the figures, then the checkpoint by `checkpoint`. Should the
+    /// program end in between, the older checkpoint leads to the same models again.
+    pub fn flush(&mut self, history: &[Epoch], checkpoint: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let pending = [("model.safetensors", self.best.take()), ("last.safetensors", self.last.take())];
         for (name, model) in pending {
             let Some((epoch, snapshot)) = model else { continue };
@@ -91,6 +110,8 @@ impl RunFolder {
             let extra: Vec<_> = [("epoch", epoch.epoch.to_string())].into_iter().chain(accuracy).collect();
             model::save(&self.path.join(name), &snapshot, &self.classes, &self.preprocess, &extra)?;
         }
+        self.write_metrics(history)?;
+        checkpoint(&self.path.join(checkpoint::FILE))?;
         self.written = Instant::now();
         Ok(())
     }
