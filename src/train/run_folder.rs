@@ -6,7 +6,7 @@ use super::{Epoch, TrainConfig};
 use crate::data::Preprocess;
 use crate::error::{Error, Result};
 use crate::nn::Snapshot;
-use crate::weights::write_atomically;
+use crate::weights::{remove_partial, write_atomically};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -65,8 +65,9 @@ impl RunFolder {
         Ok(Self::reopen(path, classes, preprocess))
     }
 
-    /// The folder of a run that goes on.
+    /// The folder of a run that goes on. What a killed program was writing is removed.
     pub fn reopen(path: &Path, classes: &[String], preprocess: &Preprocess) -> Self {
+        remove_partial(path);
         RunFolder {
             path: path.to_path_buf(),
             classes: classes.to_vec(),

@@ -6,6 +6,20 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use tempfile::Builder;
 
+/// Names of unfinished files begin and end with these.
+const MARKS: (&str, &str) = (".hone-", ".partial");
+
+/// Removes the unfinished files that a killed program has left in `folder`.
+pub fn remove_partial(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with(MARKS.0) && name.ends_with(MARKS.1)) {
+            // What cannot be removed is in nobody's way.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Writes `path` through `body`: into a file beside it that takes its name once everything is on disk. If anything fails,
 /// an earlier file of that name stays as it was, and the unfinished one is removed.
 pub fn write_atomically(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
@@ -17,7 +31,7 @@ pub fn write_atomically(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Re
         return Err(Error::file(path, "is a folder, expected a file to write", "choose another name"));
     }
     let mut builder = Builder::new();
-    builder.prefix(".hone-").suffix(".partial");
+    builder.prefix(MARKS.0).suffix(MARKS.1);
     // Temporary files are private by default; what takes their name should be as readable as any other file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

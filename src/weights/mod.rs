@@ -8,7 +8,7 @@ mod file;
 mod locate;
 mod save;
 
-pub use atomic::write_atomically;
+pub use atomic::{remove_partial, write_atomically};
 pub use check::{Expected, Kind, Report, check};
 pub use file::{Entry, WeightsFile};
 pub use locate::locate_default;
