@@ -54,6 +54,10 @@ pub fn done(outcome: &Outcome) -> serde_json::Value {
         "best_epoch": outcome.best.epoch,
         "model": outcome.model.to_string_lossy(),
         "seconds": outcome.seconds,
+        "classes": outcome.classes,
+        "confusion": outcome.confusion.counts,
+        "top5_accuracy": outcome.confusion.top5_accuracy(),
+        "per_class": outcome.confusion.class_metrics(),
         "skipped": outcome.skipped.iter().map(|s| s.file.to_string_lossy()).collect::<Vec<_>>(),
     })
 }

@@ -108,6 +108,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store(self, p: *mut f32, v: Self::V);
     /// `a + b`.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.

@@ -98,50 +98,84 @@ pub enum Balance {
 
 /// Settings of a run; [`TrainConfig::new`] is the classic recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "each is documented at the command line")]
 pub struct TrainConfig {
+    /// Folder of pictures.
     pub data: PathBuf,
+    /// Where the backbone comes from.
     pub weights: Weights,
+    /// The lowest stage that is trained.
     pub train: Depth,
+    /// Passes over the training pictures.
     pub epochs: usize,
+    /// Epochs at the start in which the head alone is trained.
     pub unfreeze_after: usize,
+    /// Pictures a step.
     pub batch_size: usize,
+    /// Parts that a step is computed in, for less memory.
     pub accumulate: usize,
+    /// Peak rate of the head.
     pub lr: f64,
+    /// Peak rate of the stages below the head; a tenth of `lr` if neither this nor `lr_decay` is given.
     pub lr_backbone: Option<f64>,
+    /// Peak rate of each stage as a share of the one above it.
     pub lr_decay: Option<f64>,
+    /// How gradients become updates.
     pub optimizer: OptimizerKind,
+    /// Momentum of SGD.
     pub momentum: f64,
+    /// Whether it is Nesterov's.
     pub nesterov: bool,
+    /// Weight decay of filters and weights; biases and norms have none.
     pub weight_decay: f64,
+    /// Largest norm of all gradients together.
     pub clip_norm: Option<f64>,
+    /// Course of the rates.
     pub schedule: ScheduleName,
+    /// Epochs of linear warm-up; of one-cycle, its rise.
     pub warmup_epochs: f64,
+    /// Epochs between the reductions of the step schedule.
     pub step_epochs: usize,
+    /// Factor of each.
     pub step_gamma: f64,
+    /// Batch norms of frozen layers.
     pub bn: BnMode,
+    /// Random changes to training pictures.
     pub augment: Augment,
+    /// Share of each target that is spread over all classes.
     pub label_smoothing: f32,
+    /// Whether the loss counts every class as much.
     pub class_weights: Balance,
+    /// Whether every class is drawn as often.
     pub sampling: Balance,
+    /// Decay of the average of the network that is evaluated and kept.
     pub ema: Option<f64>,
+    /// Epochs without improvement after which the run stops.
     pub patience: Option<usize>,
+    /// Whether work is kept from epoch to epoch.
     pub cache: CacheMode,
+    /// Memory for that, in MiB.
     pub cache_mb: usize,
+    /// Share of each class held out where the folder has no split of its own.
     pub val_split: f64,
+    /// Side of the crop, in pixels.
     pub image_size: u32,
+    /// Whether pictures are turned as their EXIF data says.
     pub exif: bool,
+    /// Decides the new head, the split, the order of pictures and all that is random about them.
     pub seed: u64,
 }
 
 /// The courses of the learning rate, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-#[allow(missing_docs, reason = "ScheduleKind says what they are")]
 pub enum ScheduleName {
+    /// The peak rate throughout.
     Constant,
+    /// Reduced every so many epochs.
     Step,
+    /// Half a cosine down to zero.
     Cosine,
+    /// Up along a cosine and down along another.
     OneCycle,
 }
 

@@ -220,9 +220,12 @@ impl Run {
         let train = self.train.prepare(network, cut, config, &mut budget, observer)?;
         let val = self.val.prepare(network, cut, config, &mut budget, observer)?;
         let kept = if train == val || self.val.len() == 0 { train.to_string() } else { format!("{train} and {val}") };
-        observer.note(
-            &format!("training {cut:?} and above, keeping {kept} in memory").replace("Head and above", "the head"),
-        );
+        let trained = match cut {
+            Stage::Head => "the head".to_string(),
+            Stage::Stem => "the whole network".to_string(),
+            layer => format!("{layer:?} and above").to_lowercase(),
+        };
+        observer.note(&format!("training {trained}, keeping {kept} in memory"));
         Ok(())
     }
 
