@@ -73,6 +73,12 @@ impl PackedB {
         })
     }
 
+    /// The rows of a panel, `[depth, tile columns]`.
+    pub(super) fn panel(&self, panel: usize) -> &[f32] {
+        let len = self.depth * self.isa.tile_columns();
+        &self.panels[panel * len..][..len]
+    }
+
     /// Number of columns.
     pub fn columns(&self) -> usize {
         self.columns
@@ -106,7 +112,7 @@ pub fn multiply(a: &[f32], gather: &Gather, b: &PackedB, c: &mut [f32], epilogue
     let blocks = rows.div_ceil(BLOCK_ROWS);
     let block = rows.div_ceil(blocks).next_multiple_of(TILE_ROWS);
     let group = if blocks < FEW_BLOCKS { 1 } else { panels };
-    let out = Output(c.as_mut_ptr());
+    let out = Output::new(c);
     let tasks = blocks * panels.div_ceil(group);
     (0..tasks).into_par_iter().for_each(|task| {
         let (rows_of, first) = (task / panels.div_ceil(group), task % panels.div_ceil(group) * group);
@@ -117,9 +123,20 @@ pub fn multiply(a: &[f32], gather: &Gather, b: &PackedB, c: &mut [f32], epilogue
 }
 
 /// The result, shared by tasks that write disjoint parts of it.
-struct Output(*mut f32);
-// SAFETY: each task of `multiply` writes its own rows and panels alone.
+pub(super) struct Output(*mut f32);
+// SAFETY: each task of a product or a convolution writes its own rows and panels alone.
 unsafe impl Sync for Output {}
+
+impl Output {
+    /// The tasks must be over before `result` is used again.
+    pub(super) fn new(result: &mut [f32]) -> Self {
+        Output(result.as_mut_ptr())
+    }
+
+    pub(super) fn pointer(&self) -> *mut f32 {
+        self.0
+    }
+}
 
 /// Some rows and some panels of a product.
 struct Block<'a> {
@@ -179,7 +196,7 @@ impl Task for Block<'_> {
         let width = S::LANES * S::VECTORS;
         let mut pointers = Vec::with_capacity(DEPTH);
         for panel in panels {
-            let packed = &b.panels[panel * b.depth * width..][..b.depth * width];
+            let packed = b.panel(panel);
             let column = panel * width;
             let columns = width.min(b.columns - column);
             for (i, block) in blocks.iter().enumerate() {
@@ -217,17 +234,17 @@ impl Task for Block<'_> {
 }
 
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
-struct Tile<'a> {
-    runs: &'a [[*const f32; TILE_ROWS]],
-    run: usize,
-    b: *const f32,
-    c: *mut f32,
-    targets: &'a [usize; TILE_ROWS],
-    rows: usize,
-    column: usize,
-    columns: usize,
-    first: bool,
-    epilogue: Option<Epilogue<'a>>,
+pub(super) struct Tile<'a> {
+    pub(super) runs: &'a [[*const f32; TILE_ROWS]],
+    pub(super) run: usize,
+    pub(super) b: *const f32,
+    pub(super) c: *mut f32,
+    pub(super) targets: &'a [usize; TILE_ROWS],
+    pub(super) rows: usize,
+    pub(super) column: usize,
+    pub(super) columns: usize,
+    pub(super) first: bool,
+    pub(super) epilogue: Option<Epilogue<'a>>,
 }
 
 impl Tile<'_> {
@@ -236,7 +253,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`Tile::micro_kernel`].
     #[inline(always)]
-    unsafe fn compute<S: Simd>(&self, simd: S) {
+    pub(super) unsafe fn compute<S: Simd>(&self, simd: S) {
         // SAFETY: passed on; every narrower kernel reads the same rows of B and fewer of their columns.
         unsafe {
             match self.columns.div_ceil(S::LANES) {

@@ -20,5 +20,6 @@ pub mod optim;
 pub mod pool;
 mod portable;
 mod simd;
+pub mod winograd;
 
 pub use simd::Isa;

@@ -65,6 +65,15 @@ impl Isa {
         })
     }
 
+    /// f32 in a vector.
+    pub fn lanes(self) -> usize {
+        match self {
+            Isa::Portable | Isa::Neon => 4,
+            Isa::Avx2 => 8,
+            Isa::Avx512 => 16,
+        }
+    }
+
     /// Columns of a micro-kernel's tile: the vectors of a row times the lanes of a vector.
     pub fn tile_columns(self) -> usize {
         match self {

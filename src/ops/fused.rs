@@ -8,12 +8,19 @@ use crate::cpu;
 use crate::cpu::Isa;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::{Epilogue, PackedB};
+use crate::cpu::winograd::{self, WinogradFilter};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor};
 
+/// Filters, packed for the algorithm that suits their shape.
+enum Filter {
+    Direct(PackedB),
+    Winograd(WinogradFilter),
+}
+
 /// A filter with the batch norm after it folded in, packed for the device.
 pub struct FusedConv2d {
-    filter: PackedB,
+    filter: Filter,
     bias: Vec<f32>,
     /// `[O, KH, KW, C]`.
     dims: [usize; 4],
@@ -38,8 +45,12 @@ impl FusedConv2d {
         for (filter, scale) in folded.chunks_exact_mut(kh * kw * c).zip(scale) {
             filter.iter_mut().for_each(|w| *w *= scale);
         }
-        let filter = PackedB::from_columns(Isa::current(), &folded, kh * kw * c, o);
-        Ok(FusedConv2d { filter, bias: shift.to_vec(), dims: [o, kh, kw, c], params })
+        let (isa, dims) = (Isa::current(), [o, kh, kw, c]);
+        let filter = match winograd::applies(isa, dims, params.stride, params.padding) {
+            true => Filter::Winograd(WinogradFilter::new(isa, &folded, o, c)),
+            false => Filter::Direct(PackedB::from_columns(isa, &folded, kh * kw * c, o)),
+        };
+        Ok(FusedConv2d { filter, bias: shift.to_vec(), dims, params })
     }
 }
 
@@ -58,7 +69,10 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
         Device::Cpu => Tensor::build(dims, |y| {
             let residual = residual.map(|r| r.as_slice());
             let epilogue = Epilogue { bias: Some(&conv.bias), residual, relu };
-            cpu::conv::forward(x.as_slice(), &conv.filter, &shape, epilogue, y)
+            match &conv.filter {
+                Filter::Direct(filter) => cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y),
+                Filter::Winograd(filter) => winograd::forward(x.as_slice(), filter, &shape, epilogue, y),
+            }
         }),
     })
 }

@@ -2,6 +2,7 @@ use crate::support::*;
 use hone::cpu::Isa;
 use hone::cpu::conv::{self, ConvShape};
 use hone::cpu::gemm::Epilogue;
+use hone::cpu::winograd::{self, WinogradFilter};
 use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
 use hone::{Error, Tensor};
 use proptest::prelude::*;
@@ -175,4 +176,69 @@ fn wrong_shapes_are_errors_that_show_them() {
     assert!(conv2d(&x, &tensor(&[3, 5, 5, 2], 2), None, params).is_err());
     assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), Some(&tensor(&[4], 3)), params).is_err());
     assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), None, Conv2dParams::new(0, 0)).is_err());
+}
+
+/// Winograd's algorithm against the naive sum, with bias, residual and ReLU, under every instruction set.
+fn check_winograd(n: usize, h: usize, w: usize, c: usize, o: usize) {
+    let shape = shape([n, h, w, c], [o, 3, 3], [1, 1], [1, 1]);
+    let Case { x, w, want: [want, ..], .. } = case(shape);
+    let (bias, residual) = (values(o, 4), values(want.len(), 5));
+    let finished: Vec<f64> =
+        want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
+    for isa in Isa::supported().filter(|&isa| winograd::applies(isa, [o, 3, 3, c], [1, 1], [1, 1])) {
+        let filter = WinogradFilter::new(isa, &w, o, c);
+        let mut y = vec![f32::NAN; want.len()];
+        winograd::forward(&x, &filter, &shape, Epilogue::default(), &mut y);
+        assert_close(&y, &want, 2e-5, &format!("winograd {isa} {shape:?}"));
+        let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
+        y.fill(f32::NAN);
+        winograd::forward(&x, &filter, &shape, epilogue, &mut y);
+        assert_close(&y, &finished, 2e-5, &format!("winograd with epilogue {isa} {shape:?}"));
+    }
+}
+
+#[test]
+fn winograd_on_layers_of_the_network() {
+    check_winograd(2, 14, 15, 64, 64);
+    check_winograd(1, 9, 7, 128, 128);
+    check_winograd(1, 5, 4, 256, 256);
+    // More blocks than one task takes.
+    check_winograd(3, 41, 42, 16, 80);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn winograd_on_any_size(n in 1usize..=3, h in 1usize..=13, w in 1usize..=13, c in 1usize..=5, o in 1usize..=9) {
+        check_winograd(n, h, w, 16 * c, 16 * o);
+    }
+}
+
+#[test]
+fn winograd_is_for_what_it_suits() {
+    let isa = Isa::current();
+    assert!(winograd::applies(isa, [64, 3, 3, 64], [1, 1], [1, 1]));
+    for (dims, stride, padding) in [
+        ([64, 3, 3, 64], [2, 2], [1, 1]),
+        ([64, 3, 3, 64], [1, 1], [0, 0]),
+        ([64, 1, 1, 64], [1, 1], [0, 0]),
+        ([512, 3, 3, 512], [1, 1], [1, 1]),
+        ([64, 3, 3, 3], [1, 1], [1, 1]),
+    ] {
+        assert!(!winograd::applies(isa, dims, stride, padding), "{dims:?} {stride:?} {padding:?}");
+    }
+}
+
+/// A picture's outputs are the same bits alone and in company, whatever the algorithm.
+#[test]
+fn company_changes_no_bit() {
+    for (c, o, h) in [(64, 64, 9), (3, 64, 20), (512, 64, 3)] {
+        let conv = FusedConv2d::new(&tensor(&[o, 3, 3, c], 2), &vec![1.0; o], &vec![0.0; o], Conv2dParams::new(1, 1));
+        let conv = conv.unwrap();
+        let batch = tensor(&[5, h, h, c], 1);
+        let all = fused_conv2d(&batch, &conv, None, false).unwrap().to_vec::<f32>();
+        let alone = Tensor::from_slice(&batch.as_slice::<f32>()[3 * h * h * c..][..h * h * c], [1, h, h, c]).unwrap();
+        let alone = fused_conv2d(&alone, &conv, None, false).unwrap().to_vec::<f32>();
+        assert_eq!(alone, all[3 * h * h * o..][..h * h * o], "{c} channels");
+    }
 }

@@ -1,0 +1,288 @@
+//! Winograd's convolution F(4x4, 3x3): a 3x3 filter of stride one at a quarter of the multiplications.
+//!
+//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. A tile of 4x4 outputs needs 6x6 inputs `d` and
+//! is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels, each of the
+//! 36 positions is a matrix product of tiles and channels with channels and filters. The transforms add and subtract; they
+//! cost the more the fewer filters share a transformed input.
+//!
+//! It is used for inference and for frozen layers, whose filters are transformed once. Whether it is used depends on the
+//! filter alone, never on the batch: a picture's features must not depend on its company.
+
+use super::conv::ConvShape;
+use super::gemm::{Epilogue, Output, PackedB, TILE_ROWS, Tile};
+use super::simd::{Isa, Simd, Task, dispatch};
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Outputs of a tile along one axis, and the inputs they see.
+const OUT: usize = 4;
+const IN: usize = 6;
+const POSITIONS: usize = IN * IN;
+/// More input channels, and the transformed filters (four times the filters) take longer to read than they save.
+const MAX_CHANNELS: usize = 256;
+/// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
+const BLOCK_TILES: usize = 24;
+/// Fewer blocks than this, and the panels become tasks of their own.
+const FEW_BLOCKS: usize = 8;
+
+/// Filters transformed and packed: a matrix `[C, O]` for each of the 36 positions.
+pub struct WinogradFilter {
+    isa: Isa,
+    positions: Vec<PackedB>,
+    c: usize,
+    o: usize,
+}
+
+/// Whether filters of this shape are worth it: 3x3, stride one, padding one, whole vectors of channels.
+pub fn applies(isa: Isa, dims: [usize; 4], stride: [usize; 2], padding: [usize; 2]) -> bool {
+    let [o, kh, kw, c] = dims;
+    let lanes = isa.lanes();
+    [kh, kw] == [3, 3]
+        && stride == [1, 1]
+        && padding == [1, 1]
+        && c.is_multiple_of(lanes)
+        && o.is_multiple_of(lanes)
+        && (lanes..=MAX_CHANNELS).contains(&c)
+}
+
+/// `G g G^T` of one 3x3 filter.
+fn transform_filter(g: [[f32; 3]; 3]) -> [[f32; IN]; IN] {
+    let along = |g: [f32; 3]| {
+        let [a, b, c] = g.map(f64::from);
+        let (even, odd) = ((a + c) / -6.0, b / -6.0);
+        let (wide_even, wide_odd) = (a / 24.0 + c / 6.0, b / 12.0);
+        [a / 4.0, even + odd, even - odd, wide_even + wide_odd, wide_even - wide_odd, c].map(|x| x as f32)
+    };
+    let rows = g.map(along);
+    let columns: [[f32; IN]; IN] = std::array::from_fn(|j| along(std::array::from_fn(|i| rows[i][j])));
+    std::array::from_fn(|i| std::array::from_fn(|j| columns[j][i]))
+}
+
+impl WinogradFilter {
+    /// From filters `[o, 3, 3, c]`.
+    pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        assert_eq!(filter.len(), o * 9 * c);
+        let mut transformed = vec![0.0f32; POSITIONS * c * o];
+        for (oi, filter) in filter.chunks_exact(9 * c).enumerate() {
+            for ci in 0..c {
+                let g = std::array::from_fn(|y| std::array::from_fn(|x| filter[(y * 3 + x) * c + ci]));
+                for (position, value) in transform_filter(g).as_flattened().iter().enumerate() {
+                    transformed[(position * c + ci) * o + oi] = *value;
+                }
+            }
+        }
+        let pack = |matrix: &[f32]| PackedB::from_rows(isa, matrix, c, o, |row| row * o);
+        WinogradFilter { isa, positions: transformed.chunks_exact(c * o).map(pack).collect(), c, o }
+    }
+}
+
+/// `y = epilogue(conv(x, filter))` for a 3x3 filter of stride and padding one.
+pub fn forward(x: &[f32], filter: &WinogradFilter, shape: &ConvShape, epilogue: Epilogue, y: &mut [f32]) {
+    let [oh, ow] = shape.output();
+    assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
+    assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
+    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
+    let across = [oh.div_ceil(OUT), ow.div_ceil(OUT)];
+    let tiles = shape.n * across[0] * across[1];
+    if tiles == 0 {
+        return;
+    }
+    let panels = shape.o.div_ceil(filter.isa.tile_columns());
+    let blocks = tiles.div_ceil(BLOCK_TILES);
+    let block = tiles.div_ceil(blocks).next_multiple_of(TILE_ROWS);
+    let group = if blocks < FEW_BLOCKS { 1 } else { panels };
+    let groups = panels.div_ceil(group);
+    let out = Output::new(y);
+    (0..blocks * groups).into_par_iter().for_each(|task| {
+        let (i, first) = (task / groups, task % groups * group);
+        let tiles = (i * block).min(tiles)..((i + 1) * block).min(tiles);
+        let panels = first..(first + group).min(panels);
+        dispatch(filter.isa, Block { x, filter, shape, across, y: &out, epilogue, tiles, panels });
+    });
+}
+
+/// Some tiles and some panels of filters.
+struct Block<'a> {
+    x: &'a [f32],
+    filter: &'a WinogradFilter,
+    shape: &'a ConvShape,
+    /// Tiles of an image, down and across.
+    across: [usize; 2],
+    y: &'a Output,
+    epilogue: Epilogue<'a>,
+    tiles: Range<usize>,
+    panels: Range<usize>,
+}
+
+impl Task for Block<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let count = self.tiles.len();
+        if count == 0 {
+            return;
+        }
+        let (c, width) = (self.shape.c, S::LANES * S::VECTORS);
+        // Transformed inputs [position][tile][channel], products [position][tile][column of the panel].
+        let mut inputs = Scratch::<f32>::take(POSITIONS * count * c);
+        let mut products = Scratch::<f32>::take(POSITIONS * count * width);
+        for (i, tile) in self.tiles.clone().enumerate() {
+            self.transform_input(simd, tile, &mut inputs[i * c..], count * c);
+        }
+        for panel in self.panels.clone() {
+            let columns = width.min(self.shape.o - panel * width);
+            for (position, b) in self.filter.positions.iter().enumerate() {
+                let a = &inputs[position * count * c..][..count * c];
+                let product = &mut products[position * count * width..][..count * width];
+                multiply_panel(simd, a, c, b.panel(panel), product, columns);
+            }
+            for (i, tile) in self.tiles.clone().enumerate() {
+                self.transform_output(simd, tile, &products[i * width..], count * width, panel * width, columns);
+            }
+        }
+    }
+}
+
+/// `c [rows, width] = a [rows, depth] b [depth, width]`, `columns` of them.
+#[inline(always)]
+fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut [f32], columns: usize) {
+    let width = S::LANES * S::VECTORS;
+    let rows = a.len() / depth;
+    assert!(b.len() >= depth * width && c.len() >= rows * width);
+    for start in (0..rows).step_by(TILE_ROWS) {
+        let row = |lane: usize| (start + lane).min(rows - 1);
+        let runs = [std::array::from_fn(|lane| a[row(lane) * depth..][..depth].as_ptr())];
+        let targets = std::array::from_fn(|lane| row(lane) * width);
+        let tile = Tile {
+            runs: &runs,
+            run: depth,
+            b: b.as_ptr(),
+            c: c.as_mut_ptr(),
+            targets: &targets,
+            rows: TILE_ROWS.min(rows - start),
+            column: 0,
+            columns,
+            first: true,
+            epilogue: None,
+        };
+        // SAFETY: runs are `depth` long, `b` has as many full rows, and the targets are whole rows of `c`.
+        unsafe { tile.compute(simd) };
+    }
+}
+
+/// `B^T d` along one axis.
+#[inline(always)]
+fn input_axis<S: Simd>(s: S, d: [S::V; IN]) -> [S::V; IN] {
+    let [plus_two, minus_two, plus_four, minus_four, minus_five] = [2.0, -2.0, 4.0, -4.0, -5.0].map(|x| s.splat(x));
+    let [d0, d1, d2, d3, d4, d5] = d;
+    let even = s.mul_add(minus_four, d2, d4);
+    let odd = s.mul_add(minus_four, d1, d3);
+    let step = s.sub(d4, d2);
+    let slope = s.sub(d3, d1);
+    [
+        s.mul_add(plus_four, d0, s.mul_add(minus_five, d2, d4)),
+        s.add(even, odd),
+        s.sub(even, odd),
+        s.mul_add(plus_two, slope, step),
+        s.mul_add(minus_two, slope, step),
+        s.mul_add(plus_four, d1, s.mul_add(minus_five, d3, d5)),
+    ]
+}
+
+/// `A^T m` along one axis.
+#[inline(always)]
+fn output_axis<S: Simd>(s: S, m: [S::V; IN]) -> [S::V; OUT] {
+    let [m0, m1, m2, m3, m4, m5] = m;
+    let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
+    let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
+    let [two, four, eight] = [2.0, 4.0, 8.0].map(|x| s.splat(x));
+    [
+        s.add(s.add(m0, near), far),
+        s.mul_add(two, far_odd, near_odd),
+        s.mul_add(four, far, near),
+        s.add(s.mul_add(eight, far_odd, near_odd), m5),
+    ]
+}
+
+impl Block<'_> {
+    /// Image, and first output row and column of a tile.
+    fn place(&self, tile: usize) -> [usize; 3] {
+        let [down, across] = self.across;
+        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
+    }
+
+    /// `B^T d B` of one tile, all channels; position `p` goes to `out[p * stride..]`.
+    #[inline(always)]
+    fn transform_input<S: Simd>(&self, simd: S, tile: usize, out: &mut [f32], stride: usize) {
+        let ConvShape { h, w, c, .. } = *self.shape;
+        let [n, top, left] = self.place(tile);
+        // Where each of the 36 pixels begins; those on the padding read zeros.
+        let zeros = [0.0f32; MAX_CHANNELS];
+        let pixels: [[&[f32]; IN]; IN] = std::array::from_fn(|i| {
+            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
+                (Some(y), Some(x)) if y < h && x < w => &self.x[((n * h + y) * w + x) * c..][..c],
+                _ => &zeros[..c],
+            })
+        });
+        assert!(out.len() >= (POSITIONS - 1) * stride + c && c.is_multiple_of(S::LANES));
+        for channel in (0..c).step_by(S::LANES) {
+            // SAFETY: every pixel has `c` floats, and a whole vector of them from `channel` on.
+            let load = |i: usize, j: usize| unsafe { simd.load(pixels[i][j].as_ptr().add(channel)) };
+            let columns: [[S::V; IN]; IN] =
+                std::array::from_fn(|j| input_axis(simd, std::array::from_fn(|i| load(i, j))));
+            let transformed: [[S::V; IN]; IN] =
+                std::array::from_fn(|i| input_axis(simd, std::array::from_fn(|j| columns[j][i])));
+            for (position, value) in transformed.into_iter().flatten().enumerate() {
+                // SAFETY: `out` reaches a vector beyond the last position's `channel`, as asserted.
+                unsafe { simd.store(out.as_mut_ptr().add(position * stride + channel), value) };
+            }
+        }
+    }
+
+    /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
+    #[inline(always)]
+    fn transform_output<S: Simd>(
+        &self,
+        simd: S,
+        tile: usize,
+        products: &[f32],
+        stride: usize,
+        column: usize,
+        columns: usize,
+    ) {
+        let ([oh, ow], o) = (self.shape.output(), self.shape.o);
+        let [n, top, left] = self.place(tile);
+        assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
+        for at in (0..columns).step_by(S::LANES) {
+            // SAFETY: as asserted, a vector from `at` on is there at every position.
+            let load = |p: usize| unsafe { simd.load(products.as_ptr().add(p * stride + at)) };
+            let halves: [[S::V; OUT]; IN] =
+                std::array::from_fn(|j| output_axis(simd, std::array::from_fn(|i| load(i * IN + j))));
+            // SAFETY: a bias has as many values as there are columns.
+            let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
+            let outputs: [[S::V; OUT]; OUT] =
+                std::array::from_fn(|i| output_axis(simd, std::array::from_fn(|j| halves[j][i])));
+            for (i, row) in outputs.into_iter().enumerate().take(oh - top) {
+                for (j, mut value) in row.into_iter().enumerate().take(ow - left) {
+                    let target = ((n * oh + top + i) * ow + left + j) * o + column + at;
+                    if let Some(bias) = bias {
+                        value = simd.add(value, bias);
+                    }
+                    // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
+                    unsafe {
+                        if let Some(residual) = self.epilogue.residual {
+                            value = simd.add(value, simd.load(residual[target..].as_ptr()));
+                        }
+                        if self.epilogue.relu {
+                            value = simd.relu(value);
+                        }
+                        simd.store(self.y.pointer().add(target), value);
+                    }
+                }
+            }
+        }
+    }
+}
