@@ -2,6 +2,7 @@
 
 use super::decode::Pixels;
 use super::transforms::Preprocess;
+use crate::error::Result;
 use clap::ValueEnum;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -44,12 +45,7 @@ pub fn generator(seed: u64, epoch: usize, index: usize) -> ChaCha8Rng {
 
 impl Augment {
     /// The picture as epoch `epoch` sees it: `[crop, crop, 3]`.
-    pub fn apply(
-        self,
-        picture: &Pixels,
-        preprocess: &Preprocess,
-        mut rng: ChaCha8Rng,
-    ) -> std::result::Result<Vec<u8>, String> {
+    pub fn apply(self, picture: &Pixels, preprocess: &Preprocess, mut rng: ChaCha8Rng) -> Result<Vec<u8>> {
         let mut pixels = match self {
             Augment::None | Augment::Flip => preprocess.apply(picture)?,
             Augment::Standard | Augment::Strong => {

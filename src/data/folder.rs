@@ -1,17 +1,20 @@
-//! Folders of labelled pictures, as torchvision's ImageFolder reads them.
+//! Folders of labelled pictures, as torchvision's ImageFolder reads them: a folder for each class.
+//!
+//! Classes are numbered in the order of their names, by code point. Their pictures are found at any depth and sorted as
+//! ImageFolder sorts them; unlike there, hidden files and folders are passed over.
 
+use super::split::{Split, hold_out};
+use super::walk::{describe_others, dotted_extensions, folders_in, holds_pictures, pictures_below};
 use crate::error::{Error, Result};
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
-use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Extensions of pictures that can be decoded, in lower case; files are matched in any case.
-pub const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"];
 /// The layouts, for error messages.
-const LAYOUTS: &str = "expected train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE";
+const LAYOUTS: &str = "pictures are looked for in train/CLASS/ and val/CLASS/, or in CLASS/";
+/// What people call the parts of a data set, in lower case.
+const PARTS: [&str; 8] = ["train", "training", "val", "valid", "validation", "dev", "test", "testing"];
+/// Names in a message before it says "and so many more".
+const MAX_LISTED: usize = 20;
 
 /// A picture and its class.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,196 +26,236 @@ pub struct Sample {
 }
 
 /// Pictures to train and to validate with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
     /// Names of the classes, sorted.
     pub classes: Vec<String>,
-    /// For training.
+    /// For training, in the order of their labels.
     pub train: Vec<Sample>,
-    /// For validation.
+    /// For validation, in the order of their labels.
     pub val: Vec<Sample>,
+    /// Where the division in two comes from.
+    pub split: Split,
     /// What the user should know about the folder, a line each.
     pub warnings: Vec<String>,
 }
 
+/// A folder of class folders: the name and the pictures of each class, sorted by name.
+struct ClassFolders {
+    root: PathBuf,
+    classes: Vec<(String, Vec<PathBuf>)>,
+}
+
 impl Dataset {
-    /// Reads `dir`: `train/CLASS/*` and `val/CLASS/*`, or `train/CLASS/*` or `CLASS/*` alone. The latter are split, the same
-    /// way for the same `seed`: of every class the share `val_split` is held out, at least one picture where there are two.
+    /// Reads the folder `dir`, in one of three layouts:
+    ///
+    /// - `train/CLASS/PICTURE` and `val/CLASS/PICTURE`;
+    /// - `train/CLASS/PICTURE` alone;
+    /// - `CLASS/PICTURE`.
+    ///
+    /// In the latter two the share `val_split` of each class, between 0 and 1, is held out for validation: at least one
+    /// picture of each class that has two, the same ones for the same `seed`. A validation folder of any other name (`valid`,
+    /// `test`) is not used, and a warning says so.
+    ///
+    /// Errors: [`Error::Data`] if there are fewer than two classes, a class has no pictures, `val` has a class that `train`
+    /// lacks or has no pictures at all, or `dir` is in no such layout; [`Error::Config`] if `val_split` is needed and not
+    /// between 0 and 1; [`Error::Io`] if a folder cannot be read.
     pub fn open(dir: &Path, val_split: f64, seed: u64) -> Result<Dataset> {
         check_folder(dir)?;
         let (train, val) = (dir.join("train"), dir.join("val"));
-        let mut warnings = Vec::new();
-        let root = if train.is_dir() { &train } else { dir };
-        let classes = class_names(root)?;
-        if classes.len() < 2 {
-            let found = if classes.is_empty() { "no class folders" } else { "one class folder only" };
-            let hint = format!("{LAYOUTS}, with two classes at least ({})", extensions());
-            return Err(Error::data(root, found, hint));
+        if !has_folders(&train)? {
+            reject_misnamed_parts(dir)?;
+            return Dataset::from_one(ClassFolders::open_complete(dir)?, val_split, seed);
         }
-        let samples = read_classes(root, &classes, &classes)?;
-        if train.is_dir() && val.is_dir() {
-            let held_out = class_names(&val)?;
-            if let Some(unknown) = held_out.iter().find(|class| !classes.contains(class)) {
-                let problem = format!("class {unknown:?} is not among the training classes {classes:?}");
-                return Err(Error::data(&val, problem, "name the folders of train and val alike"));
-            }
-            for class in classes.iter().filter(|class| !held_out.contains(class)) {
-                warnings.push(format!("{}: no folder for class {class:?}, it is not validated", val.display()));
-            }
-            let val = read_classes(&val, &held_out, &classes)?;
-            return Ok(Dataset { classes, train: samples, val, warnings });
+        let train = ClassFolders::open_complete(&train)?;
+        if val.is_dir() {
+            return Dataset::from_two(train, ClassFolders::open(&val)?);
         }
-        for other in ["valid", "validation", "test"] {
-            if train.is_dir() && dir.join(other).is_dir() {
-                warnings.push(format!("{}: not used; name it val to validate with it", dir.join(other).display()));
-            }
+        let mut dataset = Dataset::from_one(train, val_split, seed)?;
+        let unused = folders_in(dir)?.into_iter().filter(|folder| !folder.ends_with("train") && is_part(folder));
+        dataset
+            .warnings
+            .extend(unused.map(|f| format!("{}: not used; rename it to val to validate with it", f.display())));
+        Ok(dataset)
+    }
+
+    fn from_two(train: ClassFolders, val: ClassFolders) -> Result<Dataset> {
+        let labels = train.labels();
+        if let Some((unknown, _)) = val.classes.iter().find(|(name, _)| !labels.contains_key(name.as_str())) {
+            let problem = format!("class {unknown:?} is not in {} ({})", train.root.display(), list(&train.names()));
+            return Err(Error::data(&val.root, problem, "give the class folders of train and val the same names"));
         }
-        let (train, val) = split(samples, classes.len(), val_split, seed);
-        warnings.push(format!(
-            "{}: no val folder, held out {} of {} pictures",
-            dir.display(),
-            val.len(),
-            val.len() + train.len()
-        ));
-        Ok(Dataset { classes, train, val, warnings })
+        if val.classes.iter().all(|(_, pictures)| pictures.is_empty()) {
+            let hint =
+                format!("put some in val/CLASS/ ({}), or remove it to hold out some of train", dotted_extensions());
+            return Err(Error::data(&val.root, "no pictures to validate with", hint));
+        }
+        let validated = |name: &str| val.classes.iter().any(|(other, pictures)| other == name && !pictures.is_empty());
+        let missing = train.names().into_iter().filter(|name| !validated(name));
+        let warnings = missing.map(|n| format!("{}: no pictures of class {n:?} to validate with", val.root.display()));
+        let warnings = warnings.collect();
+        let val = val.samples(&labels);
+        let classes = train.names();
+        Ok(Dataset { classes, train: train.samples(&labels), val, split: Split::Folders, warnings })
+    }
+
+    fn from_one(all: ClassFolders, share: f64, seed: u64) -> Result<Dataset> {
+        if !(share > 0.0 && share < 1.0) {
+            let hint = "give a share of the pictures between 0 and 1, such as 0.2, or a val folder";
+            return Err(Error::config(format!("cannot hold out {share} of the pictures for validation"), hint));
+        }
+        let (classes, root) = (all.names(), all.root.display().to_string());
+        let single = all.classes.iter().filter(|(_, pictures)| pictures.len() == 1);
+        let mut warnings: Vec<String> = single
+            .map(|(name, _)| format!("{root}: one picture of class {name:?}, which leaves none to validate with"))
+            .collect();
+        let samples = all.samples(&all.labels());
+        let total = samples.len();
+        let (train, val) = hold_out(samples, classes.len(), share, seed);
+        warnings.insert(0, format!("{root}: no val folder, held out {} of {total} pictures", val.len()));
+        Ok(Dataset { classes, train, val, split: Split::Seeded { share, seed }, warnings })
     }
 }
 
-/// Labelled pictures to evaluate a model of these `classes` on: `val/CLASS/*` if there is a val folder, else `CLASS/*`.
+/// Labelled pictures to evaluate a model with the given `classes` on: those of `dir/val/CLASS/` if there is such a folder,
+/// else all of `dir/CLASS/`. Labels are places in `classes`. Classes without pictures are no error.
+///
+/// Errors: [`Error::Data`] if a folder is none of the classes, or there are no pictures; [`Error::Io`] if a folder cannot be
+/// read.
 pub fn open_evaluation(dir: &Path, classes: &[String]) -> Result<Vec<Sample>> {
     check_folder(dir)?;
     let val = dir.join("val");
-    let root = if val.is_dir() { &val } else { dir };
-    let found = class_names(root)?;
-    if found.is_empty() {
-        return Err(Error::data(root, "no class folders", "expected val/CLASS/PICTURE or CLASS/PICTURE"));
+    let found = ClassFolders::open(if has_folders(&val)? { &val } else { dir })?;
+    let labels: HashMap<&str, usize> = classes.iter().enumerate().map(|(label, name)| (name.as_str(), label)).collect();
+    if let Some((unknown, _)) = found.classes.iter().find(|(name, _)| !labels.contains_key(name.as_str())) {
+        let problem =
+            format!("folder {unknown:?} is none of the model's {} classes ({})", classes.len(), list(classes));
+        let hint = match unknown.as_str() {
+            "train" => format!("to evaluate on the training pictures, give {}", dir.join("train").display()),
+            _ => "name the folders after the model's classes, or remove it".into(),
+        };
+        return Err(Error::data(&found.root, problem, hint));
     }
-    if let Some(unknown) = found.iter().find(|class| !classes.contains(class)) {
-        let listed = classes.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
-        let more = if classes.len() > 20 { ", ..." } else { "" };
-        let problem = format!("folder {unknown:?} is none of the model's {} classes ({listed}{more})", classes.len());
-        return Err(Error::data(root, problem, "name the folders after the model's classes"));
-    }
-    read_classes(root, &found, classes)
-}
-
-/// Files as they are, folders replaced by the pictures in them and below, sorted.
-pub fn expand_inputs(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for path in paths {
-        let metadata = std::fs::metadata(path).map_err(Error::io("open", path))?;
-        if !metadata.is_dir() {
-            files.push(path.clone());
-            continue;
-        }
-        let found = pictures_below(path)?;
-        if found.is_empty() {
-            return Err(Error::data(path, "no pictures in it or below", format!("looked for {}", extensions())));
-        }
-        files.extend(found);
-    }
-    Ok(files)
-}
-
-fn extensions() -> String {
-    EXTENSIONS.map(|e| format!(".{e}")).join(" ")
-}
-
-fn check_folder(dir: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(dir)
-        .map_err(|error| Error::data(dir, format!("cannot open the folder of pictures ({error})"), LAYOUTS))?;
-    match metadata.is_dir() {
-        true => Ok(()),
-        false => Err(Error::data(dir, "a file, not a folder of pictures", LAYOUTS)),
-    }
-}
-
-/// Entries of a folder in the order of their names.
-fn sorted_entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let mut paths: Vec<PathBuf> =
-        entries.map_err(Error::io("read the folder", dir))?.iter().map(|e| e.path()).collect();
-    paths.sort();
-    Ok(paths)
-}
-
-/// Names of the folders in `root`, sorted. Hidden ones, such as `.ipynb_checkpoints`, are no classes.
-fn class_names(root: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for path in sorted_entries(root)?.into_iter().filter(|path| path.is_dir()) {
-        match path.file_name().and_then(OsStr::to_str) {
-            Some(name) if name.starts_with('.') => {}
-            Some(name) => names.push(name.to_string()),
-            None => return Err(Error::data(&path, "the name of this class is not UTF-8", "rename the folder")),
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-/// The pictures of the folders `names` in `root`, labelled by the place of their name in `classes`.
-fn read_classes(root: &Path, names: &[String], classes: &[String]) -> Result<Vec<Sample>> {
-    let mut samples = Vec::new();
-    let mut empty = Vec::new();
-    for name in names {
-        let pictures = pictures_below(&root.join(name))?;
-        if pictures.is_empty() {
-            empty.push(name.as_str());
-        }
-        let label = classes.iter().position(|class| class == name).expect("names are among the classes");
-        samples.extend(pictures.into_iter().map(|path| Sample { path, label }));
-    }
-    if !empty.is_empty() {
-        let problem = format!("no pictures for {} of {} classes: {}", empty.len(), names.len(), empty.join(", "));
-        let hint = format!("add some or remove the folder ({}; {LAYOUTS})", extensions());
-        return Err(Error::data(root, problem, hint));
+    let samples = found.samples(&labels);
+    if samples.is_empty() {
+        let hint = format!("pictures are looked for in val/CLASS/, or in CLASS/ ({})", dotted_extensions());
+        return Err(Error::data(&found.root, format!("no pictures{}", describe_others(&found.root)?), hint));
     }
     Ok(samples)
 }
 
-fn is_picture(path: &Path) -> bool {
-    let extension = path.extension().and_then(OsStr::to_str).map(str::to_ascii_lowercase);
-    extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
-}
-
-/// Pictures in `dir` and below, links followed: those of a folder in the order of their names, then its folders'.
-fn pictures_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut pictures = Vec::new();
-    let mut stack = vec![dir.to_path_buf()];
-    // Real paths of the folders seen, so that links that lead back up do not go round for ever.
-    let mut seen = BTreeSet::new();
-    while let Some(folder) = stack.pop() {
-        if !seen.insert(std::fs::canonicalize(&folder).map_err(Error::io("read the folder", &folder))?) {
-            continue;
+impl ClassFolders {
+    fn open(root: &Path) -> Result<Self> {
+        let mut classes = Vec::new();
+        for folder in folders_in(root)? {
+            let Some(name) = folder.file_name().and_then(|name| name.to_str()) else {
+                return Err(Error::data(&folder, "the name of this class folder is not UTF-8", "rename it"));
+            };
+            classes.push((name.to_string(), pictures_below(&folder)?));
         }
-        let (folders, files): (Vec<_>, Vec<_>) = sorted_entries(&folder)?.into_iter().partition(|path| path.is_dir());
-        pictures.extend(files.into_iter().filter(|path| is_picture(path)));
-        stack.extend(folders.into_iter().rev());
+        Ok(ClassFolders { root: root.to_path_buf(), classes })
     }
-    Ok(pictures)
-}
 
-/// Holds out a share of each class.
-fn split(samples: Vec<Sample>, classes: usize, share: f64, seed: u64) -> (Vec<Sample>, Vec<Sample>) {
-    let mut by_class = vec![Vec::new(); classes];
-    for sample in samples {
-        by_class[sample.label].push(sample);
+    /// With two classes at least, and pictures of each.
+    fn open_complete(root: &Path) -> Result<Self> {
+        let this = ClassFolders::open(root)?;
+        if this.classes.len() < 2 {
+            return Err(this.too_few_classes()?);
+        }
+        let empty: Vec<_> = this.classes.iter().filter(|(_, pictures)| pictures.is_empty()).collect();
+        if empty.is_empty() {
+            return Ok(this);
+        }
+        let mut described = Vec::new();
+        for (name, _) in &empty {
+            described.push(format!("{name}{}", describe_others(&root.join(name))?));
+        }
+        let problem = format!("no pictures of {} of {} classes: {}", empty.len(), this.classes.len(), list(&described));
+        let hint = format!("add pictures ({}) or remove the folders; {LAYOUTS}", dotted_extensions());
+        Err(Error::data(root, problem, hint))
     }
-    let (mut train, mut val) = (Vec::new(), Vec::new());
-    for (label, pictures) in by_class.into_iter().enumerate() {
-        let count = pictures.len();
-        let held_out = match count {
-            0 | 1 => 0,
-            _ => ((count as f64 * share).round() as usize).clamp(1, count - 1),
+
+    fn too_few_classes(&self) -> Result<Error> {
+        let mut problem = match self.classes.first() {
+            None => "no class folders".to_string(),
+            Some((name, _)) => format!("one class folder only, {name:?}"),
         };
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(label as u64);
-        let mut order: Vec<usize> = (0..count).collect();
-        order.shuffle(&mut rng);
-        let chosen: BTreeSet<usize> = order.into_iter().take(held_out).collect();
-        for (i, sample) in pictures.into_iter().enumerate() {
-            if chosen.contains(&i) { val.push(sample) } else { train.push(sample) }
+        if holds_pictures(&self.root)? {
+            problem += ", and pictures that are in none";
+        }
+        let mut hint = format!("{LAYOUTS}, for two classes at least ({})", dotted_extensions());
+        // A folder around the data set, as archives often have.
+        if let Some((name, _)) = self.classes.first() {
+            let inner = self.root.join(name);
+            if folders_in(&inner)?.len() >= 2 || has_folders(&inner.join("train"))? {
+                hint = format!("perhaps {} is meant; {hint}", inner.display());
+            }
+        }
+        Ok(Error::data(&self.root, problem, hint))
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.classes.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    fn labels(&self) -> HashMap<&str, usize> {
+        self.classes.iter().enumerate().map(|(label, (name, _))| (name.as_str(), label)).collect()
+    }
+
+    /// All pictures. Every class must be among `labels`.
+    fn samples(&self, labels: &HashMap<&str, usize>) -> Vec<Sample> {
+        let of_class = |(name, pictures): &(String, Vec<PathBuf>)| {
+            let label = labels[name.as_str()];
+            pictures.iter().map(|path| Sample { path: path.clone(), label }).collect::<Vec<_>>()
+        };
+        self.classes.iter().flat_map(of_class).collect()
+    }
+}
+
+fn check_folder(dir: &Path) -> Result<()> {
+    let problem = match std::fs::metadata(dir) {
+        Ok(metadata) if metadata.is_dir() => return Ok(()),
+        Ok(_) => "a file, not a folder of pictures".into(),
+        Err(error) => format!("cannot open the folder of pictures ({error})"),
+    };
+    Err(Error::data(dir, problem, format!("give a folder that exists; {LAYOUTS} ({})", dotted_extensions())))
+}
+
+/// Whether `dir` is a folder with folders in it.
+fn has_folders(dir: &Path) -> Result<bool> {
+    Ok(dir.is_dir() && !folders_in(dir)?.is_empty())
+}
+
+/// Whether the folder is called like a part of a data set.
+fn is_part(folder: &Path) -> bool {
+    let name = folder.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    name.is_some_and(|name| PARTS.contains(&name.as_str()))
+}
+
+/// Before folders are taken for classes: `Train` and `Test` are none, and to tell them apart is no use to anyone. (`train`
+/// among `bus` and `ship` is, and holds pictures rather than folders.)
+fn reject_misnamed_parts(dir: &Path) -> Result<()> {
+    let folders = folders_in(dir)?;
+    let mut parts = Vec::new();
+    for folder in folders.iter().filter(|folder| is_part(folder)) {
+        let holds_classes = has_folders(folder)? && !holds_pictures(folder)?;
+        if holds_classes || folders.iter().all(|folder| is_part(folder)) {
+            parts.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
     }
-    (train, val)
+    if parts.is_empty() {
+        return Ok(());
+    }
+    let problem = format!("{} look like parts of a data set and not like classes", list(&parts));
+    let hint = format!("call the parts train and val, with class folders in each; {LAYOUTS}");
+    Err(Error::data(dir, problem, hint))
+}
+
+/// Names for a message.
+fn list(names: &[String]) -> String {
+    let listed = names[..names.len().min(MAX_LISTED)].join(", ");
+    match names.len().checked_sub(MAX_LISTED) {
+        None | Some(0) => listed,
+        Some(more) => format!("{listed} and {more} more"),
+    }
 }

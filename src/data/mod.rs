@@ -5,10 +5,14 @@ mod decode;
 pub mod demo;
 mod folder;
 mod loader;
+mod split;
 mod transforms;
+mod walk;
 
 pub use augment::{Augment, generator};
-pub use decode::{Pixels, decode, decode_bytes};
-pub use folder::{Dataset, Sample, expand_inputs, open_evaluation};
+pub use decode::{MAX_PIXELS, Pixels, decode, decode_bytes};
+pub use folder::{Dataset, Sample, open_evaluation};
 pub use loader::{OrderedParallel, ordered_parallel};
+pub use split::Split;
 pub use transforms::Preprocess;
+pub use walk::{EXTENSIONS, expand_inputs};

@@ -1,15 +1,19 @@
-//! From a decoded picture to the network's input, pixel for pixel as torchvision does on PIL images.
+//! From a decoded picture to the network's input: torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on PIL
+//! images, to within a rounding of the resize.
 
 use super::decode::{Pixels, decode};
 use crate::error::{Error, Result};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{CroppedImage, Image, ImageRef};
+use fast_image_resize::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// The network's usual input and the short side it is cropped from; other sizes keep their ratio.
-const CROP: u32 = 224;
-const RESIZE: u32 = 256;
+/// Mean and standard deviation of ImageNet's training pictures, red, green and blue in `[0, 1]`, as torchvision has them.
+const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
+/// The usual crop and the short side that it is cut from. Other sizes keep their ratio.
+const USUAL_CROP: u64 = 224;
+const USUAL_RESIZE: u64 = 256;
 
 /// Resize of the short side, centre crop, scaling to `[0, 1]`, normalisation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,104 +22,102 @@ pub struct Preprocess {
     pub resize: u32,
     /// Side of the crop, in pixels.
     pub crop: u32,
-    /// Subtracted from red, green and blue.
+    /// Subtracted from red, green and blue in `[0, 1]`.
     pub mean: [f32; 3],
     /// What they are divided by then.
     pub std: [f32; 3],
-    /// Whether pictures are turned as their EXIF data says.
+    /// Whether pictures are turned upright as their EXIF orientation says. torchvision does not.
     pub exif: bool,
 }
 
-/// A stretch of the resized picture along one axis, and where in the crop it goes.
+/// The pixels that the crop keeps of one axis of the resized picture, and where in the crop they go.
 struct Window {
-    start: u32,
+    start: u64,
     len: u32,
-    target: u32,
+    margin: u32,
 }
 
 impl Preprocess {
-    /// ImageNet's mean and deviation; the short side is resized to `image_size * 256 / 224`, rounded.
+    /// What networks pretrained on ImageNet expect, for input of `image_size` x `image_size` pixels: the short side is
+    /// resized to `image_size * 256 / 224`, rounded.
     pub fn imagenet(image_size: u32) -> Self {
+        let resize = (u64::from(image_size) * USUAL_RESIZE + USUAL_CROP / 2) / USUAL_CROP;
         Preprocess {
-            resize: ((u64::from(image_size) * u64::from(RESIZE) + u64::from(CROP) / 2) / u64::from(CROP)) as u32,
+            resize: u32::try_from(resize).unwrap_or(u32::MAX),
             crop: image_size,
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
+            mean: IMAGENET_MEAN,
+            std: IMAGENET_STD,
             exif: false,
         }
     }
 
-    /// Width and height after the resize: the short side is `resize`, the other is cut down to a whole number.
+    /// Width and height of a `width` x `height` picture after the resize: the short side is [`Preprocess::resize`], the other
+    /// is cut down to a whole number. They are 64 bits wide because a long strip may come to more than 2^32 pixels.
+    ///
+    /// From torchvision's `_compute_resized_output_size`.
     pub fn resized_size(&self, width: u32, height: u32) -> (u64, u64) {
-        let short = width.min(height);
-        let other = |long: u32| (u64::from(self.resize) * u64::from(long)) / u64::from(short.max(1));
+        let (short, long) = (width.min(height), width.max(height));
         let resize = u64::from(self.resize);
-        if width <= height { (resize, other(height)) } else { (other(width), resize) }
+        let other = resize * u64::from(long) / u64::from(short.max(1));
+        if width <= height { (resize, other) } else { (other, resize) }
     }
 
     /// Decodes and preprocesses a file: `[crop, crop, 3]`.
+    ///
+    /// Errors: those of [`decode`]; [`Error::Argument`] if `resize` or `crop` is 0.
     pub fn load(&self, path: &Path) -> Result<Vec<u8>> {
-        self.apply(&decode(path, self.exif)?).map_err(|problem| Error::file(path, problem, "replace or remove it"))
+        self.apply(&decode(path, self.exif)?)
     }
 
-    /// Antialiased bilinear resize, as Pillow's, then centre crop: `[crop, crop, 3]`. A picture that is smaller than the
-    /// crop after the resize is padded with black, as torchvision does.
-    pub fn apply(&self, picture: &Pixels) -> std::result::Result<Vec<u8>, String> {
+    /// Antialiased bilinear resize as Pillow's, then centre crop: `[crop, crop, 3]`. Where the resized picture is smaller than
+    /// the crop there is black around it.
+    ///
+    /// Just the pixels of the crop are computed and stored, so a strip of 1 x 10000 is as cheap as a square. They are those
+    /// that the whole would have there, but for roundings: filters reach beyond the crop where the picture does.
+    ///
+    /// Errors: [`Error::Argument`] if `resize` or `crop` is 0, or the picture is not `[height, width, 3]` with a pixel at least.
+    pub fn apply(&self, picture: &Pixels) -> Result<Vec<u8>> {
+        self.check(picture)?;
         let (width, height) = self.resized_size(picture.width, picture.height);
         let (x, y) = (self.window(width), self.window(height));
-        let region =
-            self.resize_region(picture, [width, height], &x, &y).map_err(|e| format!("cannot resize it ({e})"))?;
-        let crop = self.crop as usize;
-        if (x.len, y.len) == (self.crop, self.crop) {
-            return Ok(region);
+        let (left, box_width) = x.source_box(width, picture.width);
+        let (top, box_height) = y.source_box(height, picture.height);
+        let options = bilinear().crop(left, top, box_width, box_height);
+        let kept = resize(&whole(picture)?, [x.len, y.len], &options)?;
+        if x.margin == 0 && y.margin == 0 && (x.len, y.len) == (self.crop, self.crop) {
+            return Ok(kept);
         }
-        let mut out = vec![0; crop * crop * 3];
-        for (row, pixels) in region.chunks_exact(x.len as usize * 3).enumerate() {
-            let at = ((y.target as usize + row) * crop + x.target as usize) * 3;
-            out[at..][..pixels.len()].copy_from_slice(pixels);
+        let side = self.crop as usize;
+        let mut padded = vec![0; side * side * 3];
+        let rows = padded.chunks_exact_mut(side * 3).skip(y.margin as usize);
+        for (row, pixels) in rows.zip(kept.chunks_exact(x.len as usize * 3)) {
+            row[x.margin as usize * 3..][..pixels.len()].copy_from_slice(pixels);
         }
-        Ok(out)
+        Ok(padded)
     }
 
-    /// Resizes the part `[left, top, width, height]` of a picture to `[crop, crop, 3]`.
-    pub(super) fn resize_part(&self, picture: &Pixels, part: [u32; 4]) -> std::result::Result<Vec<u8>, String> {
-        resize(picture, part.map(f64::from), [self.crop; 2]).map_err(|e| format!("cannot resize it ({e})"))
-    }
-
-    /// The part of an axis of the resized picture that the crop keeps.
-    fn window(&self, extent: u64) -> Window {
-        let crop = u64::from(self.crop);
-        if extent < crop {
-            return Window { start: 0, len: extent as u32, target: ((crop - extent) / 2) as u32 };
+    /// The part `[left, top, width, height]` of a picture, cut out and then resized to `[crop, crop, 3]`, as torchvision's
+    /// `resized_crop` does.
+    ///
+    /// Errors: as [`Preprocess::apply`]; also if the part is empty or not within the picture.
+    pub fn resize_part(&self, picture: &Pixels, [left, top, width, height]: [u32; 4]) -> Result<Vec<u8>> {
+        self.check(picture)?;
+        if width == 0 || height == 0 {
+            return Err(argument(format!("a part of {width}x{height} pixels")));
         }
-        // Python's round: halves go to the even neighbour.
-        let start = ((extent - crop) as f64 / 2.0).round_ties_even();
-        Window { start: start as u32, len: self.crop, target: 0 }
+        let whole = whole(picture)?;
+        let part = CroppedImage::new(&whole, left, top, width, height).map_err(|e| {
+            argument(format!("part {width}x{height} at ({left}, {top}) of {}x{}: {e}", picture.width, picture.height))
+        })?;
+        resize(&part, [self.crop; 2], &bilinear())
     }
 
-    /// Computes just the pixels of the windows: the rest of a resized panorama is neither computed nor stored. Filters
-    /// reach beyond the windows where the picture does, so the pixels are those of the whole.
-    fn resize_region(
-        &self,
-        picture: &Pixels,
-        [width, height]: [u64; 2],
-        x: &Window,
-        y: &Window,
-    ) -> std::result::Result<Vec<u8>, Box<dyn std::error::Error>> {
-        let scale = [f64::from(picture.width) / width as f64, f64::from(picture.height) / height as f64];
-        let box_of = |w: &Window, scale: f64, extent: u32| {
-            let start = f64::from(w.start) * scale;
-            // Rounding must not push the box over the edge.
-            (start, (f64::from(w.len) * scale).min(f64::from(extent) - start))
-        };
-        let (left, box_width) = box_of(x, scale[0], picture.width);
-        let (top, box_height) = box_of(y, scale[1], picture.height);
-        resize(picture, [left, top, box_width, box_height], [x.len, y.len])
-    }
-
-    /// `(x / 255 - mean) / std`, as ToTensor and Normalize compute it, for pixels `[.., 3]`.
+    /// `(x / 255 - mean) / std` in f32, in the order in which `ToTensor` and `Normalize` compute it, so that bits agree.
+    ///
+    /// `pixels` and `out` are `[.., 3]`. Panics if their lengths differ or are no multiple of 3.
     pub fn normalize(&self, pixels: &[u8], out: &mut [f32]) {
-        // 3 * 256 results are all there are.
+        assert!(pixels.len() == out.len() && pixels.len().is_multiple_of(3), "{} to {}", pixels.len(), out.len());
+        // There are only 3 * 256 results.
         let table: [[f32; 256]; 3] = std::array::from_fn(|channel| {
             std::array::from_fn(|x| (x as f32 / 255.0 - self.mean[channel]) / self.std[channel])
         });
@@ -123,20 +125,58 @@ impl Preprocess {
             *out = std::array::from_fn(|channel| table[channel][usize::from(pixel[channel])]);
         }
     }
+
+    fn check(&self, picture: &Pixels) -> Result<()> {
+        if self.resize == 0 || self.crop == 0 {
+            return Err(argument(format!("resize {} and crop {} must be at least 1", self.resize, self.crop)));
+        }
+        if picture.width == 0 || picture.height == 0 {
+            return Err(argument(format!("a picture of {}x{} pixels", picture.width, picture.height)));
+        }
+        Ok(())
+    }
+
+    /// What the centre crop keeps of an axis of `extent` pixels. From torchvision's `center_crop`.
+    fn window(&self, extent: u64) -> Window {
+        let crop = u64::from(self.crop);
+        if extent < crop {
+            // The padding is halved and cut down before the picture, halved and rounded up after it.
+            return Window { start: 0, len: extent as u32, margin: ((crop - extent) / 2) as u32 };
+        }
+        // Python's round takes halves to the even neighbour.
+        let start = ((extent - crop) as f64 / 2.0).round_ties_even();
+        Window { start: start as u64, len: self.crop, margin: 0 }
+    }
 }
 
-/// Antialiased bilinear resize of the part `[left, top, width, height]` to `[width, height]`.
-fn resize(
-    picture: &Pixels,
-    [left, top, width, height]: [f64; 4],
-    size: [u32; 2],
-) -> std::result::Result<Vec<u8>, Box<dyn std::error::Error>> {
-    let source = ImageRef::new(picture.width, picture.height, &picture.data, PixelType::U8x3)?;
-    let mut target = Image::new(size[0], size[1], PixelType::U8x3);
-    let options = ResizeOptions::new()
-        .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
-        .crop(left, top, width, height)
-        .use_alpha(false);
-    Resizer::new().resize(&source, &mut target, &options)?;
+impl Window {
+    /// Start and length, in pixels of a source axis of `source` pixels that is resized to `extent`, of what the window shows.
+    fn source_box(&self, extent: u64, source: u32) -> (f64, f64) {
+        let (source, scale) = (f64::from(source), f64::from(source) / extent as f64);
+        let start = self.start as f64 * scale;
+        // Rounding must not push the end over the edge.
+        (start, (f64::from(self.len) * scale).min(source - start))
+    }
+}
+
+fn bilinear() -> ResizeOptions {
+    // Convolution widens the filter when it scales down, which is what Pillow's antialiasing is.
+    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false)
+}
+
+fn whole(picture: &Pixels) -> Result<ImageRef<'_>> {
+    ImageRef::new(picture.width, picture.height, &picture.data, PixelType::U8x3).map_err(|e| {
+        argument(format!("{} bytes for {}x{} pixels: {e}", picture.data.len(), picture.width, picture.height))
+    })
+}
+
+/// `[height, width, 3]` for the size `[width, height]`.
+fn resize(source: &impl IntoImageView, [width, height]: [u32; 2], options: &ResizeOptions) -> Result<Vec<u8>> {
+    let mut target = Image::new(width, height, PixelType::U8x3);
+    Resizer::new().resize(source, &mut target, options).map_err(|e| argument(e.to_string()))?;
     Ok(target.into_vec())
+}
+
+fn argument(problem: String) -> Error {
+    Error::Argument { op: "preprocess", problem }
 }

@@ -284,7 +284,7 @@ impl Split {
             };
             augment
                 .apply(picture, &preprocess, generator(seed, epoch, i))
-                .map_err(|problem| Error::file(path, problem, "replace or remove it"))
+                .map_err(|e| Error::file(path, e.to_string(), "replace or remove it"))
         }
     }
 
