@@ -1,26 +1,16 @@
 //! The program as a user runs it, on pictures it draws itself.
 
-use hone::data::demo::write_pictures;
+mod common;
+
+use common::{PICTURES, bundled, text};
 use hone::weights::{Data, NamedTensor, WeightsFile, save};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::LazyLock;
 use tempfile::TempDir;
-
-/// Four classes of eight training and four validation pictures.
-static PICTURES: LazyLock<TempDir> = LazyLock::new(|| {
-    let dir = TempDir::new().unwrap();
-    write_pictures(dir.path(), 8, 4, 80, 1).unwrap();
-    dir
-});
-
-fn bundled() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("weights/resnet18-tinyimagenet.safetensors")
-}
 
 fn hone(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hone"));
@@ -47,10 +37,6 @@ fn fails(args: &[&str], code: i32) -> String {
         assert_eq!(errors, 1, "one line: {stderr}");
     }
     stderr
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// Trains at 64 pixels and returns the printed objects and the run folder.

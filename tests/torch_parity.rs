@@ -111,7 +111,7 @@ fn forward_odd_size() {
 /// The network with the head of the golden file.
 fn network_with_head(file: &WeightsFile) -> ResNet18 {
     let head = tensor(file, "fc.weight");
-    let (network, _) = ResNet18::load_backbone(&weights(), head.dims()[0], 0).unwrap();
+    let network = ResNet18::load_backbone(&weights(), head.dims()[0], 0).unwrap();
     network.head().weight.set(head);
     network.head().bias.set(tensor(file, "fc.bias"));
     network

@@ -1,5 +1,8 @@
 //! Training any part of the network, and never losing a run: the program, killed and resumed.
 
+mod common;
+
+use common::{PICTURES, bundled, text};
 use hone::data::demo::write_pictures;
 use hone::train::{Control, Depth, Outcome, TrainConfig, Weights, fit};
 use hone::weights::WeightsFile;
@@ -7,26 +10,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::LazyLock;
 use std::time::Duration;
 use tempfile::TempDir;
-
-/// Four classes of eight training and four validation pictures.
-static PICTURES: LazyLock<TempDir> = LazyLock::new(|| {
-    let dir = TempDir::new().unwrap();
-    write_pictures(dir.path(), 8, 4, 80, 1).unwrap();
-    dir
-});
-
-fn bundled() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("weights/resnet18-tinyimagenet.safetensors")
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hone"));

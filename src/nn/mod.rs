@@ -9,4 +9,4 @@ mod state;
 pub use layers::{BatchNorm2d, ConvBn, Linear};
 pub use parameter::Parameter;
 pub use resnet::{FEATURES, MIN_IMAGE_SIZE, ResNet18, Stage};
-pub use state::{HeadSource, Snapshot};
+pub use state::Snapshot;

@@ -15,18 +15,6 @@ enum Slot<'a> {
     Count(&'a AtomicI64),
 }
 
-/// What became of the file's head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadSource {
-    /// It was loaded.
-    File,
-    /// It was left aside; the file had one for this many classes, or none.
-    New {
-        /// Rows of the file's `fc.weight`.
-        found: Option<usize>,
-    },
-}
-
 /// The values of the network at one moment. Taking one copies nothing; what is trained on is copied when it changes.
 pub struct Snapshot(Vec<(String, SnapshotValue)>);
 
@@ -75,10 +63,10 @@ impl ResNet18 {
     }
 
     /// The backbone of `file` with a new head for `classes`, drawn by `seed`.
-    pub fn load_backbone(file: &WeightsFile, classes: usize, seed: u64) -> Result<(Self, HeadSource)> {
+    pub fn load_backbone(file: &WeightsFile, classes: usize, seed: u64) -> Result<Self> {
         let network = ResNet18::new(classes, seed);
         network.load_slots(file, &["fc.weight", "fc.bias"])?;
-        Ok((network, HeadSource::New { found: Self::classes_in(file) }))
+        Ok(network)
     }
 
     /// Fills every slot but those of `without` from `file`, or fails with one error that lists all that does not fit.

@@ -13,7 +13,7 @@ use super::{Epoch, Observer, Outcome};
 use crate::autograd::no_grad;
 use crate::data::{Augment, Dataset, Preprocess, generator};
 use crate::error::{Error, Result};
-use crate::nn::{HeadSource, ResNet18, Stage};
+use crate::nn::{ResNet18, Stage};
 use crate::ops::{CrossEntropy, cross_entropy};
 use crate::optim::{Optimizer, Schedule};
 use crate::tensor::Tensor;
@@ -100,10 +100,10 @@ fn load(config: &TrainConfig, names: &[String], observer: &mut dyn Observer) -> 
         observer.note(&format!("{}: kept its head, which is for the same classes", path.display()));
         return Ok((ResNet18::load(&file)?, result));
     }
-    let (network, head) = ResNet18::load_backbone(&file, names.len(), config.seed)?;
-    let old = match head {
-        HeadSource::New { found: Some(found) } => format!("fc for {found} classes replaced by a"),
-        HeadSource::New { found: None } | HeadSource::File => "no usable fc in it, a".to_string(),
+    let network = ResNet18::load_backbone(&file, names.len(), config.seed)?;
+    let old = match ResNet18::classes_in(&file) {
+        Some(found) => format!("fc for {found} classes replaced by a"),
+        None => "no usable fc in it, a".to_string(),
     };
     observer.note(&format!("{}: {old} new head for {}", path.display(), names.len()));
     Ok((network, result))
