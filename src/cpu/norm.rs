@@ -1,8 +1,8 @@
 //! Batch normalisation over the rows of `[rows, channels]`: every pixel of every image is a row.
 //!
-//! Ioffe and Szegedy, "Batch normalization", 2015. Statistics are taken in two passes over pieces that stay in cache, and
-//! pieces are combined in f64 with Chan, Golub and LeVeque's update (1979), so that a large mean does not cancel a small
-//! variance.
+//! Ioffe and Szegedy, "Batch normalization", 2015. Statistics are taken over pieces that stay in cache, in two passes of
+//! which the second corrects the mean of the first (Chan, Golub and LeVeque, 1983, equation 1.7). Pieces are combined in
+//! f64 with their update of 1979, so that a large mean does not cancel a small variance.
 
 use super::simd::vectorised;
 use crate::tensor::pool::Scratch;
@@ -105,10 +105,22 @@ vectorised! {
         for mean in mean.iter_mut() {
             *mean /= rows;
         }
+        // The sum of deviations, zero but for rounding, says by how much the mean is off.
+        let mut deviations = Scratch::<f32>::take(channels);
+        deviations.fill(0.0);
         for row in x.chunks_exact(channels) {
-            for ((squares, &mean), &x) in squares.iter_mut().zip(mean.iter()).zip(row) {
-                *squares += (x - mean) * (x - mean);
+            for (((squares, deviation), &mean), &x) in
+                squares.iter_mut().zip(deviations.iter_mut()).zip(mean.iter()).zip(row)
+            {
+                let d = x - mean;
+                *deviation += d;
+                *squares += d * d;
             }
+        }
+        for ((squares, &deviation), mean) in squares.iter_mut().zip(deviations.iter()).zip(mean) {
+            let correction = deviation / rows;
+            *mean += correction;
+            *squares -= deviation * correction;
         }
     }
 

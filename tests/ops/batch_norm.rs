@@ -5,6 +5,16 @@ use proptest::prelude::*;
 
 const EPS: f32 = 1e-5;
 
+/// 400 additions near 14.8 would drift by 1e-6 of it.
+#[test]
+fn the_mean_of_many_rows_far_from_zero_is_right_to_the_last_bits() {
+    let x: Vec<f32> = (0..400 * 3).map(|i| 14.8 + (i % 7) as f32 * 1e-3).collect();
+    let input = Tensor::from_slice(&x, [400, 3]).unwrap();
+    let (_, statistics) = batch_norm(&input, &Tensor::full([3], 1.0f32), &Tensor::zeros([3]), EPS).unwrap();
+    let want: Vec<f64> = (0..3).map(|c| moments(&x, 3, c).0).collect();
+    assert_close(statistics.mean.as_slice(), &want, 1e-7, "mean");
+}
+
 /// Mean and biased variance of channel `c` of `[rows, channels]`.
 fn moments(x: &[f32], channels: usize, c: usize) -> (f64, f64) {
     let column = || x.iter().skip(c).step_by(channels).map(|&x| f64::from(x));
