@@ -11,6 +11,9 @@ use rayon::prelude::*;
 /// Floats a task works on.
 const CHUNK: usize = 1 << 15;
 
+/// Rows that are added in f32 before the sum goes on in f64.
+const SHORT: usize = 32;
+
 /// Floats in as many whole rows as fit a chunk.
 fn chunk_of(channels: usize) -> usize {
     (CHUNK / channels.max(1)).max(1) * channels
@@ -94,33 +97,53 @@ vectorised! {
 
     fn chunk_statistics(x: &[f32], mean: &mut [f32], squares: &mut [f32]) {
         let channels = mean.len();
-        mean.fill(0.0);
-        squares.fill(0.0);
-        for row in x.chunks_exact(channels) {
-            for (mean, &x) in mean.iter_mut().zip(row) {
-                *mean += x;
+        let rows = (x.len() / channels) as f64;
+        let mut totals = Scratch::<f64>::take(2 * channels);
+        let (sums, square_sums) = totals.split_at_mut(channels);
+        sums.fill(0.0);
+        for x in x.chunks(SHORT * channels) {
+            mean.fill(0.0);
+            for row in x.chunks_exact(channels) {
+                for (mean, &x) in mean.iter_mut().zip(row) {
+                    *mean += x;
+                }
+            }
+            for (sum, &part) in sums.iter_mut().zip(mean.iter()) {
+                *sum += f64::from(part);
             }
         }
-        let rows = (x.len() / channels) as f32;
-        for mean in mean.iter_mut() {
-            *mean /= rows;
+        for (mean, sum) in mean.iter_mut().zip(sums.iter_mut()) {
+            *mean = (*sum / rows) as f32;
         }
-        // The sum of deviations, zero but for rounding, says by how much the mean is off.
-        let mut deviations = Scratch::<f32>::take(channels);
-        deviations.fill(0.0);
-        for row in x.chunks_exact(channels) {
-            for (((squares, deviation), &mean), &x) in
-                squares.iter_mut().zip(deviations.iter_mut()).zip(mean.iter()).zip(row)
+        // Deviations from the rounded mean: their sum says by how much it is off.
+        sums.fill(0.0);
+        square_sums.fill(0.0);
+        let mut parts = Scratch::<f32>::take(2 * channels);
+        let (deviations, part_squares) = parts.split_at_mut(channels);
+        for x in x.chunks(SHORT * channels) {
+            deviations.fill(0.0);
+            part_squares.fill(0.0);
+            for row in x.chunks_exact(channels) {
+                for (((square, deviation), &mean), &x) in
+                    part_squares.iter_mut().zip(deviations.iter_mut()).zip(mean.iter()).zip(row)
+                {
+                    let d = x - mean;
+                    *deviation += d;
+                    *square += d * d;
+                }
+            }
+            for ((sum, square_sum), (&deviation, &square)) in
+                sums.iter_mut().zip(square_sums.iter_mut()).zip(deviations.iter().zip(part_squares.iter()))
             {
-                let d = x - mean;
-                *deviation += d;
-                *squares += d * d;
+                *sum += f64::from(deviation);
+                *square_sum += f64::from(square);
             }
         }
-        for ((squares, &deviation), mean) in squares.iter_mut().zip(deviations.iter()).zip(mean) {
-            let correction = deviation / rows;
-            *mean += correction;
-            *squares -= deviation * correction;
+        for (((mean, squares), &sum), &square_sum) in
+            mean.iter_mut().zip(squares).zip(sums.iter()).zip(square_sums.iter())
+        {
+            *mean = (f64::from(*mean) + sum / rows) as f32;
+            *squares = (square_sum - sum * sum / rows) as f32;
         }
     }
 

@@ -66,7 +66,7 @@ fn check(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
 
 /// `1 / sqrt(variance + eps)`.
 pub(crate) fn reciprocal_deviation(variance: &[f32], eps: f32) -> Vec<f32> {
-    variance.iter().map(|v| 1.0 / (v + eps).sqrt()).collect()
+    variance.iter().map(|&v| (1.0 / (f64::from(v) + f64::from(eps)).sqrt()) as f32).collect()
 }
 
 /// Normalises and records. `count` is the number of rows if the statistics are those of `x`.
