@@ -19,7 +19,7 @@ inline void ldmatrix(u32* registers, uint64_t address, bool transposed, int line
         u32 result[4];
     } mine;
     // Reading here, as the lane that asks, puts errors where they belong.
-    memcpy(mine.row, check(address, 16, false), 16);
+    memcpy(mine.row, check(address, 16, 16, false), 16);
     auto combine = [transposed](Argument** all) {
         for (int lane = 0; lane < WARP_SIZE; lane++) {
             for (int matrix = 0; matrix < 4; matrix++) {
@@ -73,8 +73,8 @@ template <class T, class U> DEVICE void cp_async_16(Shared<T> target, In<U> sour
     copy.target = target.address;
     copy.group = t->group;
     memset(copy.data, 0, 16);
-    if (valid) memcpy(copy.data, emulator::check(source.address, 16, false), 16);
-    emulator::check(target.address, 16, true, true);
+    if (valid) memcpy(copy.data, emulator::check(source.address, 16, 16, false), 16);
+    emulator::check(target.address, 16, 16, true, emulator::Async::Begins);
     t->copies.push_back(copy);
 }
 
@@ -87,7 +87,7 @@ template <int N> DEVICE void cp_async_wait() {
         if (copy.group + N >= t->group) {
             t->copies[kept++] = copy;
         } else {
-            memcpy(emulator::check(copy.target, 16, true), copy.data, 16);
+            memcpy(emulator::check(copy.target, 16, 16, true, emulator::Async::Ends), copy.data, 16);
         }
     }
     t->copies.resize(kept);

@@ -29,18 +29,24 @@ template <class Scalars> struct OptimParams {
     In<ParameterEntry> parameters;
     In<PieceEntry> pieces;     // one a block
     In<Scalars> scalars;       // one a group
-    In<float> clip;            // (1) or null: factor of all gradients
+    In<float> guard;           // (1) or null: the loss; unless it is finite nothing is changed
 };
+
+DEVICE bool may_update(In<float> guard) {
+    if (!guard) return true;
+    const float loss = guard[0];
+    return loss - loss == 0.0f;
+}
 
 // Kingma and Ba, 2015, with decoupled weight decay (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
 KERNEL(adam, OptimParams<AdamScalars>, 256) {
     const PieceEntry piece = p.pieces[blockIdx.x];
     const ParameterEntry e = p.parameters[piece.parameter];
     const AdamScalars s = p.scalars[e.group];
-    const float clip = p.clip ? p.clip[0] : 1.0f;
+    if (!may_update(p.guard)) return;
     const i64 begin = static_cast<i64>(piece.piece) * PIECE, end = min(begin + PIECE, e.n);
     for (i64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        const float g = e.gradient[i] * clip;
+        const float g = e.gradient[i];
         float m = e.first[i], v = e.second[i];
         m += (g - m) * s.one_minus_beta1;
         v = v * s.beta2 + s.one_minus_beta2 * g * g;
@@ -54,10 +60,10 @@ KERNEL(sgd, OptimParams<SgdScalars>, 256) {
     const PieceEntry piece = p.pieces[blockIdx.x];
     const ParameterEntry e = p.parameters[piece.parameter];
     const SgdScalars s = p.scalars[e.group];
-    const float clip = p.clip ? p.clip[0] : 1.0f;
+    if (!may_update(p.guard)) return;
     const i64 begin = static_cast<i64>(piece.piece) * PIECE, end = min(begin + PIECE, e.n);
     for (i64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        const float value = e.value[i], g = e.gradient[i] * clip + s.weight_decay * value;
+        const float value = e.value[i], g = e.gradient[i] + s.weight_decay * value;
         const float velocity = e.first[i] * s.momentum + g;
         e.first[i] = velocity;
         e.value[i] = value - s.lr * (s.nesterov != 0.0f ? g + s.momentum * velocity : velocity);

@@ -61,6 +61,27 @@ pub enum Error {
         /// What the user can do.
         hint: String,
     },
+    /// The device refused or failed.
+    #[error("cuda: {problem}")]
+    Device {
+        /// What was tried, and what came of it.
+        problem: String,
+    },
+    /// The device's memory is full.
+    #[error(
+        "cuda: out of memory: {} MiB more are needed, {} MiB are free, {} MiB are in use; {}",
+        needed >> 20, free >> 20, in_use >> 20, fitting_batch(*batch, *needed, *free, *in_use)
+    )]
+    Memory {
+        /// Bytes of the request that failed.
+        needed: usize,
+        /// Bytes the device has left.
+        free: usize,
+        /// Bytes that tensors hold.
+        in_use: usize,
+        /// Pictures a step, where that is known.
+        batch: Option<usize>,
+    },
     /// The user asked to stop, and everything is saved.
     #[error("interrupted; go on with: hone train --resume {}", run.display())]
     Interrupted {
@@ -77,7 +98,27 @@ pub enum Error {
     },
 }
 
+/// Memory grows with the batch, all but a little: what is there, over what a picture takes, fits.
+fn fitting_batch(batch: Option<usize>, needed: usize, free: usize, in_use: usize) -> String {
+    match batch {
+        Some(batch) if batch > 1 => {
+            // A step was not through when it failed: leave a quarter for the rest.
+            let fits = (batch as f64 * 0.75 * (free + in_use) as f64 / (in_use + needed).max(1) as f64) as usize;
+            format!("a batch of {} should fit (it is {batch}), or give --accumulate", fits.clamp(1, batch - 1))
+        }
+        _ => "give --device cpu, or free the card".to_string(),
+    }
+}
+
 impl Error {
+    /// The same error, told how many pictures a step has, if that matters to it.
+    pub fn with_batch(self, pictures: usize) -> Error {
+        match self {
+            Error::Memory { needed, free, in_use, .. } => Error::Memory { needed, free, in_use, batch: Some(pictures) },
+            other => other,
+        }
+    }
+
     /// An [`Error::Io`] for `path`; made for `map_err(Error::io("open", path))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();

@@ -6,6 +6,7 @@
 //! - [`tensor`]: shapes, recycled memory, tensors.
 //! - [`autograd`]: the tape and the backward pass.
 //! - [`cpu`]: kernels over slices. Start with `gather` and `gemm`: convolution forward and backward are built on them.
+//! - [`cuda`]: the same on a card; `kernels/*.cu` has the kernels.
 //! - [`ops`]: one operation a file, from tensors to tensors.
 //! - [`weights`]: safetensors files in and out.
 //! - [`nn`]: layers and the network, with torchvision's names.
@@ -17,6 +18,7 @@
 pub mod autograd;
 pub mod cli;
 pub mod cpu;
+pub mod cuda;
 pub mod data;
 pub mod error;
 pub mod nn;

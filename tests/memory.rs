@@ -27,7 +27,7 @@ fn training_steps_leave_the_resident_size_flat() {
     let mut settled = 0;
     for step in 0..steps {
         let loss = cross_entropy(&network.forward(&x, true).unwrap(), &y, &CrossEntropy::default()).unwrap();
-        optimizer.step(&loss.backward().unwrap(), 1.0);
+        optimizer.step(&loss.backward().unwrap(), 1.0).unwrap();
         if step == 10 {
             settled = resident();
         }

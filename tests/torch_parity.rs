@@ -112,8 +112,8 @@ fn forward_odd_size() {
 fn network_with_head(file: &WeightsFile) -> ResNet18 {
     let head = tensor(file, "fc.weight");
     let network = ResNet18::load_backbone(&weights(), head.dims()[0], 0).unwrap();
-    network.head().weight.set(head);
-    network.head().bias.set(tensor(file, "fc.bias"));
+    network.head().weight.set(head).unwrap();
+    network.head().bias.set(tensor(file, "fc.bias")).unwrap();
     network
 }
 
@@ -173,7 +173,7 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
         let loss = cross_entropy(&network.forward(&x, true).unwrap(), &y, &CrossEntropy::default()).unwrap();
         let difference = (f64::from(loss.item().unwrap()) - f64::from(want)).abs();
         require(&format!("{name} loss of step {step}"), difference, loss_tolerance);
-        adam.step(&loss.backward().unwrap(), 1.0);
+        adam.step(&loss.backward().unwrap(), 1.0).unwrap();
     }
     let head = network.head();
     require_close("fc.weight", head.weight.tensor().as_slice(), &file.f32("fc.weight").unwrap(), 1e-3);

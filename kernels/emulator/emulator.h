@@ -159,12 +159,14 @@ template <class T, class F> inline void meet(T& mine, int line, F combine) {
     }
 }
 
-// Checks an access of `bytes` at a device address and returns where it is.
-inline uint8_t* check(uint64_t address, size_t bytes, bool write, bool in_flight = false) {
+enum class Async { None, Begins, Ends };
+
+// Checks an access of `bytes` at a device address and returns where it is. An asynchronous copy is two writes.
+inline uint8_t* check(uint64_t address, size_t bytes, size_t alignment, bool write, Async async = Async::None) {
     Block& b = block();
     const uint64_t tag = address >> ADDRESS_BITS, at = address & ADDRESS_MASK;
     const char* what = write ? "write" : "read";
-    if (at % bytes) fail("%s of %zu bytes at a misaligned address", what, bytes);
+    if (at % alignment) fail("%s of %zu bytes at a misaligned address", what, bytes);
     if (tag == SHARED_TAG) {
         const uint64_t offset = at - (reinterpret_cast<uint64_t>(b.shared.data()) & ADDRESS_MASK);
         const size_t size = b.static_shared + b.launch->dynamic_shared;
@@ -176,7 +178,7 @@ inline uint8_t* check(uint64_t address, size_t bytes, bool write, bool in_flight
         for (size_t i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
             Cell& cell = b.cells[i];
             const bool stale = cell.written < b.began;
-            if (!stale && cell.in_flight && !in_flight) fail("%s of shared memory at %zu before cp.async's wait", what, i * 2);
+            if (!stale && cell.in_flight && async == Async::None) fail("%s of shared memory at %zu before cp.async's wait", what, i * 2);
             if (!stale && cell.written == b.epoch && cell.writer != self) {
                 fail("shared memory at %zu: %s by warp %d after a write by warp %d, no barrier between", i * 2, what, self,
                      int(cell.writer));
@@ -188,7 +190,7 @@ inline uint8_t* check(uint64_t address, size_t bytes, bool write, bool in_flight
                 }
                 cell.written = b.epoch;
                 cell.writer = uint16_t(self);
-                cell.in_flight = in_flight;
+                cell.in_flight = async == Async::Begins;
             } else {
                 if (stale) fail("read of shared memory at %zu before anything was written there", i * 2);
                 // Of two warps that read, the later is remembered; a third that writes is caught by either.
@@ -216,12 +218,12 @@ inline uint8_t* check(uint64_t address, size_t bytes, bool write, bool in_flight
 
 template <class T> inline T read(uint64_t address) {
     T value;
-    memcpy(&value, check(address, sizeof(T), false), sizeof(T));
+    memcpy(&value, check(address, sizeof(T), alignof(T), false), sizeof(T));
     return value;
 }
 
 template <class T> inline void write(uint64_t address, const T& value) {
-    memcpy(check(address, sizeof(T), true), &value, sizeof(T));
+    memcpy(check(address, sizeof(T), alignof(T), true), &value, sizeof(T));
 }
 
 // An element that has been named but not yet read or written.

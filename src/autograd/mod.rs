@@ -109,7 +109,7 @@ impl Tensor {
         if self.numel() != 1 {
             return Err(Error::shape("backward", "a scalar; use backward_with for others", &[self.dims()]));
         }
-        self.backward_with(Tensor::full(self.shape().clone(), 1.0f32))
+        self.backward_with(Tensor::full_on(self.device(), self.shape().clone(), 1.0)?)
     }
 
     /// The product of `seed`, shaped as this tensor, and the Jacobian with respect to every leaf.
@@ -119,18 +119,21 @@ impl Tensor {
         }
         let mut gradients = Gradients::default();
         let mut pending: BTreeMap<u64, (Arc<Node>, Tensor)> = BTreeMap::new();
-        let mut send = |edge: &Edge, gradient: Tensor, pending: &mut BTreeMap<u64, (Arc<Node>, Tensor)>| match edge {
-            Edge::Leaf(id) => gradients.add(*id, gradient),
-            Edge::Node(node) => {
-                let sum = match pending.remove(&node.sequence) {
-                    Some((_, sum)) => gradients::sum(sum, &gradient),
-                    None => gradient,
-                };
-                pending.insert(node.sequence, (node.clone(), sum));
+        let mut send = |edge: &Edge, gradient: Tensor, pending: &mut BTreeMap<u64, (Arc<Node>, Tensor)>| {
+            match edge {
+                Edge::Leaf(id) => gradients.add(*id, gradient)?,
+                Edge::Node(node) => {
+                    let sum = match pending.remove(&node.sequence) {
+                        Some((_, sum)) => gradients::sum(sum, &gradient)?,
+                        None => gradient,
+                    };
+                    pending.insert(node.sequence, (node.clone(), sum));
+                }
             }
+            Ok::<_, Error>(())
         };
         match self.edge() {
-            Some(edge) => send(&edge, seed, &mut pending),
+            Some(edge) => send(&edge, seed, &mut pending)?,
             None => return Err(Error::Autograd("backward on a tensor that depends on no leaf".into())),
         }
         while let Some((_, (node, gradient))) = pending.pop_last() {
@@ -146,7 +149,7 @@ impl Tensor {
             debug_assert_eq!(inputs.len(), node.edges.len(), "{}: one gradient an input", node.op);
             for (edge, gradient) in node.edges.iter().zip(inputs) {
                 if let (Some(edge), Some(gradient)) = (edge, gradient) {
-                    send(edge, gradient, &mut pending);
+                    send(edge, gradient, &mut pending)?;
                 }
             }
         }

@@ -22,11 +22,14 @@ const CLASSES: usize = 1000;
 
 pub fn run(args: Bench) -> Result<()> {
     let (batch, size) = (args.batch as usize, args.size as usize);
+    let placement = args.common.placement()?;
     let network = ResNet18::new(CLASSES, 0);
+    placement.move_network(&network)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let images = Tensor::build([batch, size, size, 3], |x: &mut [f32]| {
         x.iter_mut().for_each(|x| *x = rng.random_range(-2.0..2.0));
     });
+    let images = placement.place(&images)?;
     let forward = 2.0 * network.multiply_adds(batch, size, size) as f64;
     let (name, operations, seconds) = match args.what {
         BenchKind::Forward => {
@@ -42,7 +45,7 @@ pub fn run(args: Bench) -> Result<()> {
             let mut adam = Optimizer::new(vec![ParamGroup::new(parameters, 1e-4)], Algorithm::ADAM);
             let seconds = median(args.seconds, || {
                 let loss = cross_entropy(&network.forward(&images, true)?, &labels, &CrossEntropy::default())?;
-                adam.step(&loss.backward()?, 1.0);
+                adam.step(&loss.backward()?, 1.0)?;
                 Ok(())
             })?;
             // The two gradients of a convolution cost what its forward pass does; no gradient reaches the images.

@@ -7,7 +7,7 @@ use super::using::prediction_line;
 use crate::data::demo::write_pictures;
 use crate::data::expand_inputs;
 use crate::error::{Error, Result};
-use crate::train::{Control, Model, Outcome, TrainConfig, Weights, default_run_folder, fit, predict};
+use crate::train::{Control, Model, Outcome, Placement, TrainConfig, Weights, default_run_folder, fit, predict};
 use crate::weights::locate_default;
 use std::path::Path;
 
@@ -21,7 +21,7 @@ const EPOCHS: usize = 8;
 pub fn run(args: Demo) -> Result<()> {
     let weights = Weights::File(locate_default(std::env::var_os("HONE_WEIGHTS"))?);
     let out = args.out.unwrap_or_else(|| default_run_folder(Path::new("demo"), &today()));
-    let json = args.common.json;
+    let (json, placement) = (args.common.json, args.common.placement()?);
     let say = |text: &str| {
         if !json {
             report::line(text)
@@ -31,9 +31,13 @@ pub fn run(args: Demo) -> Result<()> {
     write_pictures(&pictures, PICTURES[0], PICTURES[1], PICTURE_SIZE, 0)?;
     say(&format!("drew pictures of four textures: {}", pictures.display()));
     let train = |weights: Weights, folder: &str, report: &mut Report| -> Result<Outcome> {
-        let config =
-            TrainConfig { epochs: EPOCHS, image_size: IMAGE_SIZE, ..TrainConfig::new(pictures.clone(), weights) };
-        fit(&config, &out.join(folder), Control::default(), report)
+        let config = TrainConfig {
+            epochs: EPOCHS,
+            image_size: IMAGE_SIZE,
+            precision: placement.precision,
+            ..TrainConfig::new(pictures.clone(), weights)
+        };
+        fit(&config, &out.join(folder), Control { device: placement.device, ..Control::default() }, report)
     };
     let tuned = train(weights, "model", &mut Report::new(json))?;
     if json {
@@ -44,15 +48,15 @@ pub fn run(args: Demo) -> Result<()> {
     say("the same on an untrained backbone:");
     let untrained = train(Weights::Random, "untrained", &mut Report::new(false))?;
     say(&summary(&untrained));
-    show_predictions(&tuned.model, &pictures.join("val"))?;
+    show_predictions(&tuned.model, &pictures.join("val"), placement)?;
     say(&format!("model, metrics and settings: {}", tuned.model.parent().unwrap_or(&out).display()));
     say(&format!("try: hone predict {} PICTURE", tuned.model.display()));
     Ok(())
 }
 
 /// What the model takes the first validation picture of each class for.
-fn show_predictions(model: &Path, val: &Path) -> Result<()> {
-    let model = Model::load(model)?;
+fn show_predictions(model: &Path, val: &Path, placement: Placement) -> Result<()> {
+    let model = Model::load_on(model, placement)?;
     let mut firsts = Vec::new();
     for class in &model.classes {
         let pictures = expand_inputs(&[val.join(class)])?;

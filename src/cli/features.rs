@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 const BATCH: usize = 32;
 
 pub fn run(args: args::Features) -> Result<()> {
-    let model = Model::load(&args.model)?;
+    let model = Model::load_on(&args.model, args.common.placement()?)?;
     let is_tensor = |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors"));
     let (tensors, pictures): (Vec<_>, Vec<_>) = args.inputs.into_iter().partition(is_tensor);
     if !tensors.is_empty() && !pictures.is_empty() {

@@ -20,6 +20,11 @@ pub fn json_line(value: &Value) {
     line(&value.to_string());
 }
 
+/// A line on stderr that the user should know.
+pub fn note(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
 /// The line that ends a failed command.
 pub fn error(error: &Error) {
     let _ = writeln!(std::io::stderr().lock(), "hone: {error}");

@@ -28,7 +28,7 @@ pub fn run(args: Train) -> Result<()> {
     };
     ctrlc::set_handler(handler).map_err(|e| Error::config(format!("cannot watch for Ctrl-C ({e})"), "try again"))?;
     let write_every = Duration::try_from_secs_f64(args.checkpoint_seconds).unwrap_or(Duration::MAX);
-    let control = Control { stop: Some(&STOP), write_every };
+    let control = Control { stop: Some(&STOP), write_every, device: args.common.device()? };
     let mut report = Report::new(args.common.json);
     let outcome = match &args.resume {
         Some(folder) => resume(folder, control, &mut report)?,

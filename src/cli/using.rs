@@ -11,7 +11,7 @@ use serde_json::json;
 const MAX_TABLE: usize = 24;
 
 pub fn eval(args: Eval) -> Result<()> {
-    let model = Model::load(&args.model)?;
+    let model = Model::load_on(&args.model, args.common.placement()?)?;
     let samples = open_evaluation(&args.data, &model.classes)?;
     let result = train::evaluate(&model, samples, &mut Report::new(args.common.json))?;
     if args.common.json {
@@ -69,7 +69,7 @@ fn confusion_table(classes: &[String], confusion: &Confusion) -> Vec<String> {
 }
 
 pub fn predict(args: Predict) -> Result<()> {
-    let model = Model::load(&args.model)?;
+    let model = Model::load_on(&args.model, args.common.placement()?)?;
     let paths = expand_inputs(&args.paths)?;
     let top = args.top as usize;
     let predictions = train::predict(&model, paths, top, &mut Report::new(args.common.json))?;

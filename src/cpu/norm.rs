@@ -42,10 +42,18 @@ pub fn statistics(x: &[f32], mean: &mut [f32], variance: &mut [f32]) {
     }
 }
 
-/// `y = x * scale + shift`, channel by channel.
-pub fn affine(x: &[f32], scale: &[f32], shift: &[f32], y: &mut [f32]) {
+/// `y = act(x * scale + shift + residual)`, channel by channel; the residual and the ReLU if asked for. NaN stays NaN.
+pub fn affine(x: &[f32], scale: &[f32], shift: &[f32], residual: Option<&[f32]>, relu: bool, y: &mut [f32]) {
     let chunk = chunk_of(scale.len());
-    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| affine_chunk(x, scale, shift, y));
+    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (y, x))| {
+        affine_chunk(x, scale, shift, y);
+        // The piece is in cache still.
+        match residual {
+            Some(residual) => add_relu_chunk(&residual[i * chunk..][..y.len()], relu, y),
+            None if relu => relu_chunk(y),
+            None => {}
+        }
+    });
 }
 
 /// For every channel the sums of `dy` and of `dy * (x - mean) * rstd`: the gradients to shift and scale.
@@ -153,6 +161,20 @@ vectorised! {
             for (((y, &x), &scale), &shift) in y.iter_mut().zip(x).zip(scale).zip(shift) {
                 *y = x * scale + shift;
             }
+        }
+    }
+
+    fn add_relu_chunk(residual: &[f32], relu: bool, y: &mut [f32]) {
+        let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
+        for (y, &residual) in y.iter_mut().zip(residual) {
+            let sum = *y + residual;
+            *y = if sum < floor { floor } else { sum };
+        }
+    }
+
+    fn relu_chunk(y: &mut [f32]) {
+        for y in y {
+            *y = if *y < 0.0 { 0.0 } else { *y };
         }
     }
 

@@ -5,7 +5,7 @@ use super::parameter::Parameter;
 use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::Result;
-use crate::ops::{self, Conv2dParams, FusedConv2d};
+use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, Statistics};
 use crate::tensor::Tensor;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -82,40 +82,49 @@ impl BatchNorm2d {
         self.batch_statistics.store(batch, Ordering::Relaxed);
     }
 
-    fn takes_batch_statistics(&self, training: bool) -> bool {
+    pub(super) fn takes_batch_statistics(&self, training: bool) -> bool {
         training && self.batch_statistics.load(Ordering::Relaxed)
     }
 
-    fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {
-        let (gamma, beta) = (self.weight.tensor(), self.bias.tensor());
+    /// `act(norm(x) + residual)`; `taken` are the batch's statistics if the convolution before has them.
+    fn forward(
+        &self,
+        x: &Tensor,
+        taken: Option<BatchStatistics>,
+        residual: Option<&Tensor>,
+        relu: bool,
+        training: bool,
+    ) -> Result<Tensor> {
+        let (gamma, beta) = (&self.weight.tensor(), &self.bias.tensor());
+        let how = Norm { gamma, beta, eps: EPS, residual, relu };
         if !self.takes_batch_statistics(training) {
-            let (mean, variance) = (self.running_mean.tensor(), self.running_var.tensor());
-            return ops::batch_norm_stored(x, &gamma, &beta, &mean, &variance, EPS);
+            let (mean, variance) = (&self.running_mean.tensor(), &self.running_var.tensor());
+            return Ok(ops::norm_act(x, Statistics::Stored(mean, variance), how)?.0);
         }
-        let (y, statistics) = ops::batch_norm(x, &gamma, &beta, EPS)?;
-        let unbiased = statistics.count as f32 / (statistics.count - 1) as f32;
-        blend(&self.running_mean, &statistics.mean, 1.0);
-        blend(&self.running_var, &statistics.variance, unbiased);
-        self.num_batches_tracked.fetch_add(1, Ordering::Relaxed);
+        let (y, statistics) = ops::norm_act(x, Statistics::Batch(taken), how)?;
+        if let Some(BatchStatistics { mean, variance, count }) = statistics {
+            let unbiased = count as f32 / (count - 1) as f32;
+            self.running_mean.blend(&mean, 1.0 - MOMENTUM, MOMENTUM)?;
+            self.running_var.blend(&variance, 1.0 - MOMENTUM, MOMENTUM * unbiased)?;
+            self.count_batch(training);
+        }
         Ok(y)
     }
 
-    /// The affine map that stored statistics amount to.
-    fn scale_and_shift(&self) -> (Vec<f32>, Vec<f32>) {
-        let [gamma, beta, mean, variance] =
-            [&self.weight, &self.bias, &self.running_mean, &self.running_var].map(|p| p.tensor());
-        let rstd = ops::reciprocal_deviation(variance.as_slice(), EPS);
-        ops::scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd)
-    }
-}
-
-/// `running = (1 - momentum) * running + momentum * factor * batch`.
-fn blend(running: &Parameter, batch: &Tensor, factor: f32) {
-    running.update(|running| {
-        for (running, batch) in running.iter_mut().zip(batch.as_slice::<f32>()) {
-            *running = (1.0 - MOMENTUM) * *running + MOMENTUM * (batch * factor);
+    /// Counts a batch, if it changes the running statistics.
+    pub(super) fn count_batch(&self, training: bool) {
+        if self.takes_batch_statistics(training) {
+            self.num_batches_tracked.fetch_add(1, Ordering::Relaxed);
         }
-    });
+    }
+
+    /// The affine map that stored statistics amount to.
+    fn scale_and_shift(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+        let values = |p: &Parameter| p.tensor().to_f32_vec();
+        let rstd = ops::reciprocal_deviation(&values(&self.running_var)?, EPS);
+        let (gamma, beta, mean) = (values(&self.weight)?, values(&self.bias)?, values(&self.running_mean)?);
+        Ok(ops::scale_and_shift(&gamma, &beta, &mean, &rstd))
+    }
 }
 
 /// A convolution without bias and the batch norm after it, the unit that residual networks are made of.
@@ -163,12 +172,12 @@ impl ConvBn {
         if !inputs_need && !parameters_need && !self.bn.takes_batch_statistics(training) {
             return ops::fused_conv2d(x, &*self.fused()?, residual, relu);
         }
-        let mut y = ops::conv2d(x, &self.weight.tensor(), None, self.params)?;
-        y = self.bn.forward(&y, training)?;
-        if let Some(residual) = residual {
-            y = ops::add(&y, residual)?;
-        }
-        if relu { ops::relu(&y) } else { Ok(y) }
+        let weight = self.weight.tensor();
+        let (y, taken) = match self.bn.takes_batch_statistics(training) {
+            true => ops::conv2d_with_statistics(x, &weight, self.params)?,
+            false => (ops::conv2d(x, &weight, None, self.params)?, None),
+        };
+        self.bn.forward(&y, taken, residual, relu, training)
     }
 
     fn fused(&self) -> Result<Arc<FusedConv2d>> {
@@ -180,7 +189,7 @@ impl ConvBn {
         match &*cache {
             Some((made_from, fused)) if *made_from == version => Ok(fused.clone()),
             _ => {
-                let (scale, shift) = bn.scale_and_shift();
+                let (scale, shift) = bn.scale_and_shift()?;
                 let fused = Arc::new(FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params)?);
                 *cache = Some((version, fused.clone()));
                 Ok(fused)

@@ -1,9 +1,11 @@
 //! Named tensors that outlive a step: parameters and the running statistics.
 
 use crate::autograd::History;
-use crate::tensor::{Shape, Tensor, TensorId};
+use crate::cuda;
+use crate::error::Result;
+use crate::tensor::{Device, Shape, Storage, Tensor, TensorId};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A tensor under a name that is updated in place. Its identity stays the same through all updates, so that optimisers
 /// and gradients find it.
@@ -71,7 +73,7 @@ impl Parameter {
         Tensor::from_parts(self.id, self.shape.clone(), value.storage().clone(), history)
     }
 
-    /// Changes the values, in place unless a tensor taken earlier is still alive.
+    /// Changes the values of a parameter on the CPU, in place unless a tensor taken earlier is still alive.
     pub fn update(&self, change: impl FnOnce(&mut [f32])) {
         let mut value = self.lock();
         let old = std::mem::replace(&mut *value, Tensor::zeros([0]));
@@ -79,10 +81,61 @@ impl Parameter {
         self.version.fetch_add(1, Ordering::Release);
     }
 
-    /// Replaces the values; `value` must have the same shape.
-    pub fn set(&self, value: Tensor) {
-        assert_eq!(value.shape(), &self.shape, "shape of {}", self.name);
-        *self.lock() = value.detach();
+    /// The value on the card for a kernel to change in place: of this parameter alone, copied if something else shares it.
+    /// Whoever changes it calls [`Parameter::touch`].
+    pub(crate) fn for_update_on_cuda(&self) -> Result<Tensor> {
+        let mut value = self.lock();
+        if Arc::strong_count(value.storage()) > 1 {
+            let Storage::Cuda(buffer) = &**value.storage() else { unreachable!("a parameter on cuda") };
+            *value = Tensor::from_cuda(&self.shape, buffer.duplicate()?);
+        }
+        Ok(Tensor::from_parts(self.id, self.shape.clone(), value.storage().clone(), History::None))
+    }
+
+    /// Where the value lies on the card.
+    pub(crate) fn address_on_cuda(&self) -> u64 {
+        match &**self.lock().storage() {
+            Storage::Cuda(buffer) => buffer.address(),
+            Storage::Cpu(_) => unreachable!("a parameter on cuda"),
+        }
+    }
+
+    /// Says that the values have changed.
+    pub(crate) fn touch(&self) {
         self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// `value = value * keep + other * factor`, on the device that both are on.
+    pub fn blend(&self, other: &Tensor, keep: f32, factor: f32) -> Result<()> {
+        match other.device() {
+            Device::Cpu => self.update(|values| {
+                for (value, &other) in values.iter_mut().zip(other.as_slice::<f32>()) {
+                    *value = *value * keep + other * factor;
+                }
+            }),
+            Device::Cuda => {
+                cuda::norm::blend(&self.for_update_on_cuda()?, other, keep, factor)?;
+                self.touch();
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the values to a device.
+    pub fn to_device(&self, device: Device) -> Result<()> {
+        let mut value = self.lock();
+        *value = value.to_device(device)?;
+        self.touch();
+        Ok(())
+    }
+
+    /// Replaces the values; `value` must have the same shape.
+    pub fn set(&self, value: Tensor) -> Result<()> {
+        assert_eq!(value.shape(), &self.shape, "shape of {}", self.name);
+        let mut old = self.lock();
+        // A network stays on its device.
+        *old = value.to_device(old.device())?;
+        self.version.fetch_add(1, Ordering::Release);
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use super::parameter::Parameter;
 use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use std::sync::Arc;
 
 /// Width of the features that the head sees.
@@ -150,6 +150,62 @@ impl ResNet18 {
     /// Images `[N, H, W, 3]`, normalised, to logits `[N, classes]`.
     pub fn forward(&self, images: &Tensor, training: bool) -> Result<Tensor> {
         self.suffix(images, Stage::Stem, training)
+    }
+
+    /// Moves everything to a device, where it stays.
+    pub fn to_device(&self, device: Device) -> Result<()> {
+        for stage in Stage::ALL {
+            self.parameters(stage).iter().try_for_each(|p| p.to_device(device))?;
+            for bn in self.batch_norms(stage) {
+                bn.running_mean.to_device(device)?;
+                bn.running_var.to_device(device)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The device it is on.
+    pub fn device(&self) -> Device {
+        self.head.weight.tensor().device()
+    }
+
+    /// Everything that a training step from `cut` on changes: trained parameters, and statistics that follow the batch.
+    fn changed_by_training(&self, cut: Stage) -> Vec<&Arc<Parameter>> {
+        let mut changed = Vec::new();
+        for stage in Stage::ALL.into_iter().filter(|stage| *stage >= cut) {
+            for conv in self.convolutions(stage) {
+                changed.extend(conv.parameters().into_iter().filter(|p| p.is_trainable()));
+                if conv.bn.takes_batch_statistics(true) {
+                    changed.extend([&conv.bn.running_mean, &conv.bn.running_var]);
+                }
+            }
+        }
+        changed.extend([&self.head.weight, &self.head.bias].into_iter().filter(|p| p.is_trainable()));
+        changed
+    }
+
+    /// Where the values on the card are that a training step from `cut` on reads or changes; those that it changes are made
+    /// the network's own first.
+    pub(crate) fn addresses_for_update(&self, cut: Stage) -> Result<Vec<u64>> {
+        for parameter in self.changed_by_training(cut) {
+            parameter.for_update_on_cuda()?;
+        }
+        let mut addresses = Vec::new();
+        for stage in Stage::ALL.into_iter().filter(|stage| *stage >= cut) {
+            addresses.extend(self.parameters(stage).iter().map(|p| p.address_on_cuda()));
+            for bn in self.batch_norms(stage) {
+                addresses.extend([&bn.running_mean, &bn.running_var].map(|p| p.address_on_cuda()));
+            }
+        }
+        Ok(addresses)
+    }
+
+    /// Notes what a replayed training step from `cut` on has changed without the host's doing.
+    pub(crate) fn count_captured_step(&self, cut: Stage) {
+        self.changed_by_training(cut).into_iter().for_each(|p| p.touch());
+        for bn in Stage::ALL.into_iter().filter(|stage| *stage >= cut).flat_map(|stage| self.batch_norms(stage)) {
+            bn.count_batch(true);
+        }
     }
 
     /// The shapes of all convolutions for `n` images of `h` by `w`, in the order they run.

@@ -3,7 +3,7 @@
 use super::parameter::Parameter;
 use super::resnet::{FEATURES, ResNet18, Stage};
 use crate::error::Result;
-use crate::tensor::{Tensor, layout};
+use crate::tensor::{Device, Tensor, layout};
 use crate::weights::{Data, Expected, Kind, NamedTensor, WeightsFile, check};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -99,7 +99,7 @@ impl ResNet18 {
                     parameter.set(match shape.len() {
                         4 => layout::from_channels_first(&values, shape)?,
                         _ => Tensor::from_slice(&values, shape.as_slice())?,
-                    });
+                    })?;
                 }
                 Slot::Count(count) if file.get(name).is_some() => {
                     count.store(file.i64(name)?.first().copied().unwrap_or(0), Ordering::Relaxed);
@@ -132,7 +132,7 @@ impl ResNet18 {
                     parameter.set(match shape.len() {
                         4 => layout::from_channels_first(&values, &shape)?,
                         _ => Tensor::from_slice(&values, shape)?,
-                    });
+                    })?;
                 }
                 Slot::Count(count) => count.store(file.i64(&name)?.first().copied().unwrap_or(0), Ordering::Relaxed),
             }
@@ -150,11 +150,11 @@ impl Snapshot {
                 let (shape, data) = match value {
                     SnapshotValue::Count(count) => (Vec::new(), Data::I64(Cow::Owned(vec![*count]))),
                     SnapshotValue::Values(tensor) if tensor.dims().len() == 4 => {
-                        let (values, shape) = layout::to_channels_first(tensor)?;
+                        let (values, shape) = layout::to_channels_first(&tensor.to_device(Device::Cpu)?)?;
                         (shape, Data::F32(Cow::Owned(values)))
                     }
                     SnapshotValue::Values(tensor) => {
-                        (tensor.dims().to_vec(), Data::F32(Cow::Borrowed(tensor.as_slice())))
+                        (tensor.dims().to_vec(), Data::F32(Cow::Owned(tensor.to_f32_vec()?)))
                     }
                 };
                 Ok(NamedTensor { name: name.clone(), shape, data })

@@ -1,17 +1,20 @@
-//! Batch normalisation (Ioffe and Szegedy, 2015) of `x` `[..., C]`, channel by channel:
-//! `y = gamma * (x - mean) / sqrt(var + eps) + beta`.
+//! Batch normalisation (Ioffe and Szegedy, 2015) of `x` `[..., C]`, channel by channel, with what follows it in a residual
+//! network: `y = act(gamma * (x - mean) / sqrt(var + eps) + beta + residual)`.
 //!
-//! With batch statistics, mean and (biased) variance are functions of `x`, and with M rows and `xhat` the normalised input
-//! `dx = gamma / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))`. With stored statistics they are constants,
-//! and `dx = gamma / sqrt(var + eps) * dy`. Either way `dgamma = sum(dy * xhat)` and `dbeta = sum(dy)`.
+//! With batch statistics, mean and (biased) variance are functions of `x`. With M rows, `xhat` the normalised input, and `g`
+//! the part of `dy` that the ReLU lets pass, `dx = gamma / sqrt(var + eps) * (g - mean(g) - xhat * mean(g * xhat))`. With
+//! stored statistics they are constants, and `dx = gamma / sqrt(var + eps) * g`. Either way `dgamma = sum(g * xhat)`,
+//! `dbeta = sum(g)` and `dresidual = g`.
 
-use super::{require_f32, require_vector};
+use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::norm;
+use crate::cpu::{elementwise, norm};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor};
 
 /// Statistics of a batch, for the running averages.
+#[derive(Clone)]
 pub struct BatchStatistics {
     /// Mean of every channel, `[C]`.
     pub mean: Tensor,
@@ -21,23 +24,34 @@ pub struct BatchStatistics {
     pub count: usize,
 }
 
-/// Normalises by the statistics of `x` itself, and returns them. `gamma` and `beta` are `[C]`. Needs two rows at least:
-/// the variance of one value says nothing.
+/// What to normalise by.
+pub enum Statistics<'a> {
+    /// The statistics of the input itself, which needs two rows at least: the variance of one value says nothing. They are
+    /// given if the convolution before has taken them.
+    Batch(Option<BatchStatistics>),
+    /// Mean and variance that stay as they are, `[C]`.
+    Stored(&'a Tensor, &'a Tensor),
+}
+
+/// The map after normalisation.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// Scale, `[C]`.
+    pub gamma: &'a Tensor,
+    /// Shift, `[C]`.
+    pub beta: &'a Tensor,
+    /// Added to the variance.
+    pub eps: f32,
+    /// Added to the result, shaped as it.
+    pub residual: Option<&'a Tensor>,
+    /// Whether a ReLU comes last.
+    pub relu: bool,
+}
+
+/// Normalises by the statistics of `x` itself, and returns them. `gamma` and `beta` are `[C]`.
 pub fn batch_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor, eps: f32) -> Result<(Tensor, BatchStatistics)> {
-    let channels = check(x, &[gamma, beta])?;
-    let count = x.numel() / channels;
-    if count < 2 {
-        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[x.dims()]));
-    }
-    let mut variance = None;
-    let mean = match x.device() {
-        Device::Cpu => Tensor::build([channels], |mean| {
-            variance = Some(Tensor::build([channels], |variance| norm::statistics(x.as_slice(), mean, variance)));
-        }),
-    };
-    let variance = variance.expect("just built");
-    let y = apply(x, gamma, beta, &mean, &variance, eps, Some(count));
-    Ok((y, BatchStatistics { mean, variance, count }))
+    let (y, statistics) = norm_act(x, Statistics::Batch(None), Norm { gamma, beta, eps, residual: None, relu: false })?;
+    Ok((y, statistics.expect("batch statistics were asked for")))
 }
 
 /// Normalises by given statistics, which stay as they are. All vectors are `[C]`.
@@ -49,18 +63,66 @@ pub fn batch_norm_stored(
     variance: &Tensor,
     eps: f32,
 ) -> Result<Tensor> {
-    check(x, &[gamma, beta, mean, variance])?;
-    Ok(apply(x, gamma, beta, mean, variance, eps, None))
+    let how = Norm { gamma, beta, eps, residual: None, relu: false };
+    Ok(norm_act(x, Statistics::Stored(mean, variance), how)?.0)
 }
 
-fn check(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
-    require_f32("batch_norm", &[x])?;
-    match x.dims().last() {
-        Some(&channels) if channels > 0 => {
-            vectors.iter().try_for_each(|vector| require_vector("batch_norm", vector, channels))?;
-            Ok(channels)
+/// Normalises, adds the residual and applies the ReLU, in one pass; returns the batch's statistics if it used them.
+pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let channels = check(x, &how)?;
+    let statistics = match by {
+        Statistics::Stored(mean, variance) => {
+            for vector in [mean, variance] {
+                require_vector("batch_norm", vector, channels)?;
+            }
+            require_one_device("batch_norm", &[x, mean, variance])?;
+            return Ok((apply(x, mean, variance, how, None)?, None));
         }
-        _ => Err(Error::shape("batch_norm", "[..., C]", &[x.dims()])),
+        Statistics::Batch(Some(given)) => given,
+        Statistics::Batch(None) => take(x, channels)?,
+    };
+    let y = apply(x, &statistics.mean, &statistics.variance, how, Some(statistics.count))?;
+    Ok((y, Some(statistics)))
+}
+
+fn check(x: &Tensor, how: &Norm) -> Result<usize> {
+    require_float("batch_norm", &[x])?;
+    let channels = match x.dims().last() {
+        Some(&channels) if channels > 0 => channels,
+        _ => return Err(Error::shape("batch_norm", "[..., C]", &[x.dims()])),
+    };
+    for vector in [how.gamma, how.beta] {
+        require_f32("batch_norm", &[vector])?;
+        require_vector("batch_norm", vector, channels)?;
+    }
+    require_one_device("batch_norm", &[x, how.gamma, how.beta])?;
+    if let Some(residual) = how.residual {
+        require_one_device("batch_norm", &[x, residual])?;
+        require_float("batch_norm", &[x, residual])?;
+        if residual.dims() != x.dims() {
+            return Err(Error::shape("batch_norm", "a residual shaped as the input", &[x.dims(), residual.dims()]));
+        }
+    }
+    Ok(channels)
+}
+
+fn take(x: &Tensor, channels: usize) -> Result<BatchStatistics> {
+    let count = x.numel() / channels;
+    if count < 2 {
+        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[x.dims()]));
+    }
+    match x.device() {
+        Device::Cpu => {
+            let mut variance = None;
+            let mean = Tensor::build([channels], |mean| {
+                variance = Some(Tensor::build([channels], |variance| norm::statistics(x.as_slice(), mean, variance)));
+            });
+            Ok(BatchStatistics { mean, variance: variance.expect("just built"), count })
+        }
+        Device::Cuda => {
+            let moments = cuda::norm::statistics(x)?;
+            Ok(BatchStatistics { mean: moments.mean, variance: moments.variance, count })
+        }
     }
 }
 
@@ -70,43 +132,98 @@ pub(crate) fn reciprocal_deviation(variance: &[f32], eps: f32) -> Vec<f32> {
 }
 
 /// Normalises and records. `count` is the number of rows if the statistics are those of `x`.
-fn apply(
-    x: &Tensor,
-    gamma: &Tensor,
-    beta: &Tensor,
-    mean: &Tensor,
-    variance: &Tensor,
-    eps: f32,
-    count: Option<usize>,
-) -> Tensor {
-    let rstd = reciprocal_deviation(variance.as_slice(), eps);
+fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<usize>) -> Result<Tensor> {
+    let Norm { gamma, beta, eps, residual, relu } = how;
     let y = match x.device() {
         Device::Cpu => Tensor::build(x.shape().clone(), |y| {
+            let rstd = reciprocal_deviation(variance.as_slice(), eps);
             let (scale, shift) = scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd);
-            norm::affine(x.as_slice(), &scale, &shift, y)
+            norm::affine(x.as_slice(), &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
         }),
+        Device::Cuda => {
+            let affine = cuda::norm::Affine { gamma, beta, mean, variance, eps };
+            cuda::norm::normalise(x, affine, residual, relu)?
+        }
     };
-    record("batch_norm", y, &[x, gamma, beta], |_| {
-        let (x, gamma, mean) = (x.detach(), gamma.detach(), mean.detach());
-        Box::new(move |dy, needs| {
-            let channels = rstd.len();
-            let mut dbeta = vec![0.0; channels];
-            let mut dgamma = vec![0.0; channels];
-            // Batch statistics need both sums for the input's gradient as well.
-            if count.is_some() || needs[1] || needs[2] {
-                let (x, dy, mean) = (x.as_slice(), dy.as_slice(), mean.as_slice());
-                norm::parameter_gradients(x, dy, mean, &rstd, &mut dgamma, &mut dbeta);
-            }
-            let dx = needs[0].then(|| {
-                let [a, b, c] = input_coefficients(gamma.as_slice(), mean.as_slice(), &rstd, &dgamma, &dbeta, count);
-                dy.map_in_place(|dy| norm::backward_input(x.as_slice(), &a, &b, &c, dy))
-            });
-            let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
-            let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;
-            let dbeta = needs[2].then(|| vector(dbeta)).transpose()?;
-            Ok(vec![dx, dgamma, dbeta])
+    let inputs: Vec<&Tensor> = [x, gamma, beta].into_iter().chain(residual).collect();
+    Ok(record("batch_norm", y, &inputs, |y| {
+        let saved = Saved {
+            x: x.detach(),
+            // The next layer keeps it as well; where it is positive the ReLU lets pass.
+            y: relu.then(|| y.clone()),
+            gamma: gamma.detach(),
+            beta: beta.detach(),
+            mean: mean.detach(),
+            variance: variance.detach(),
+            eps,
+            count,
+        };
+        Box::new(move |dy, needs| match dy.device() {
+            Device::Cpu => saved.backward(dy, needs),
+            Device::Cuda => saved.backward_on_cuda(dy, needs),
         })
-    })
+    }))
+}
+
+/// What the backward pass reads.
+struct Saved {
+    x: Tensor,
+    y: Option<Tensor>,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: f32,
+    count: Option<usize>,
+}
+
+impl Saved {
+    fn backward(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let g = match &self.y {
+            Some(y) => dy.map_in_place(|dy| elementwise::relu_backward(y.as_slice(), dy)),
+            None => dy,
+        };
+        let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
+        let (channels, rstd) = (mean.len(), reciprocal_deviation(self.variance.as_slice(), self.eps));
+        let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
+        // Batch statistics need both sums for the input's gradient as well.
+        if self.count.is_some() || needs[1] || needs[2] {
+            norm::parameter_gradients(self.x.as_slice(), g.as_slice(), mean, &rstd, &mut dgamma, &mut dbeta);
+        }
+        let dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
+        let dx = needs[0].then(|| {
+            let [a, b, c] = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
+            g.map_in_place(|g| norm::backward_input(self.x.as_slice(), &a, &b, &c, g))
+        });
+        let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
+        let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;
+        let dbeta = needs[2].then(|| vector(dbeta)).transpose()?;
+        Ok([dx, dgamma, dbeta].into_iter().chain(dresidual).collect())
+    }
+
+    fn backward_on_cuda(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let affine = cuda::norm::Affine {
+            gamma: &self.gamma,
+            beta: &self.beta,
+            mean: &self.mean,
+            variance: &self.variance,
+            eps: self.eps,
+        };
+        let wants_residual = needs.get(3) == Some(&true);
+        let gradients = cuda::norm::backward(
+            &self.x,
+            self.y.as_ref(),
+            &dy,
+            affine,
+            self.count.is_some(),
+            needs[0],
+            wants_residual,
+        )?;
+        let parameters = [(needs[1], gradients.dgamma), (needs[2], gradients.dbeta)];
+        let parameters = parameters.into_iter().map(|(needed, gradient)| needed.then_some(gradient));
+        let residual = needs.get(3).map(|_| gradients.dresidual);
+        Ok([gradients.dx].into_iter().chain(parameters).chain(residual).collect())
+    }
 }
 
 /// The affine map that normalisation amounts to once the statistics are known.

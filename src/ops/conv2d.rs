@@ -3,14 +3,15 @@
 //! `y[n, p, q, o] = bias[o] + sum over r, s, c of x[n, p*stride + r - padding, q*stride + s - padding, c] * w[o, r, s, c]`,
 //! with zeros outside the input. All three gradients are convolutions too; `cpu::conv` says how.
 
-use super::{require_f32, require_vector};
+use super::batch_norm::BatchStatistics;
+use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu;
 use crate::cpu::Isa;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, Tensor};
+use crate::{cpu, cuda};
 
 /// Stride and zero padding, for rows and for columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl Conv2dParams {
 
     /// The extents of the convolution of `x` `[n, h, w, c]` with `weight` `[o, kh, kw, c]`, or why there is none.
     pub(super) fn shape(&self, op: &'static str, x: &Tensor, weight: &[usize]) -> Result<ConvShape> {
-        require_f32(op, &[x])?;
+        require_float(op, &[x])?;
         let (&[n, h, w, c], &[o, kh, kw, wc]) = (x.dims(), weight) else {
             return Err(Error::shape(op, "input [N, H, W, C] and filters [O, KH, KW, C]", &[x.dims(), weight]));
         };
@@ -48,27 +49,65 @@ impl Conv2dParams {
     }
 }
 
-/// Convolves `x` `[N, H, W, C]` with `weight` `[O, KH, KW, C]` and adds `bias` `[O]`; gives `[N, OH, OW, O]`.
+/// Convolves `x` `[N, H, W, C]` with `weight` `[O, KH, KW, C]` and adds `bias` `[O]`; gives `[N, OH, OW, O]`. On CUDA `x` may
+/// be BF16, and so is the result then; filters and their gradients are F32 all the same.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, params: Conv2dParams) -> Result<Tensor> {
+    Ok(convolve(x, weight, bias, params, false)?.0)
+}
+
+/// [`conv2d`] without bias, for a batch norm by the batch that comes next: where the device can take the statistics while it
+/// stores the result, they come with it.
+pub fn conv2d_with_statistics(
+    x: &Tensor,
+    weight: &Tensor,
+    params: Conv2dParams,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    convolve(x, weight, None, params, true)
+}
+
+fn convolve(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    params: Conv2dParams,
+    with_statistics: bool,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    require_one_device("conv2d", &[x, weight])?;
     require_f32("conv2d", &[weight])?;
     let shape = params.shape("conv2d", x, weight.dims())?;
     if let Some(bias) = bias {
         require_vector("conv2d", bias, shape.o)?;
     }
     let [oh, ow] = shape.output();
+    let mut statistics = None;
     let y = match x.device() {
         Device::Cpu => Tensor::build([shape.n, oh, ow, shape.o], |y| {
             let packed = cpu::conv::pack_filter(Isa::current(), weight.as_slice(), &shape);
             let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
             cpu::conv::forward(x.as_slice(), &packed, &shape, epilogue, y)
         }),
+        Device::Cuda => {
+            let packed = cuda::conv::pack_filter(weight, &shape, x.dtype())?;
+            let epilogue = cuda::conv::Epilogue { bias, ..Default::default() };
+            let (y, moments) = cuda::conv::forward(x, &packed, &shape, epilogue, with_statistics)?;
+            let count = shape.n * oh * ow;
+            statistics = moments.map(|m| BatchStatistics { mean: m.mean, variance: m.variance, count });
+            y
+        }
     };
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    Ok(record("conv2d", y, &inputs, |_| {
+    let y = record("conv2d", y, &inputs, |_| {
         // Each gradient needs the other operand alone: a frozen filter's input is not kept.
         let saved_x = weight.requires_grad().then(|| x.detach());
         let saved_weight = x.requires_grad().then(|| weight.detach());
         Box::new(move |dy, needs| {
+            if dy.device() == Device::Cuda {
+                let dx = saved_weight.map(|weight| cuda::conv::backward_input(&dy, &weight, &shape)).transpose()?;
+                let dweight = saved_x.map(|x| cuda::conv::backward_filter(&x, &dy, &shape)).transpose()?;
+                let sums = || cuda::norm::column_sums(&dy.to_dtype(DType::F32)?);
+                let dbias = needs.get(2).map(|&needed| needed.then(sums).transpose());
+                return Ok([dx, dweight].into_iter().chain(dbias.transpose()?).collect());
+            }
             let dy_slice = dy.as_slice::<f32>();
             let isa = Isa::current();
             let dx = saved_weight.map(|weight| {
@@ -87,5 +126,6 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, params: Conv2d
             }
             Ok(gradients)
         })
-    }))
+    });
+    Ok((y, statistics))
 }

@@ -3,19 +3,26 @@
 //! With stored statistics, batch norm is an affine map of each channel, which folds into the filter before it:
 //! `w' = w * gamma / sqrt(var + eps)` and `b' = beta - mean * gamma / sqrt(var + eps)`. Nothing here is recorded.
 
-use super::{Conv2dParams, require_f32};
-use crate::cpu;
+use super::{Conv2dParams, require_f32, require_float};
 use crate::cpu::Isa;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::{Epilogue, PackedB};
 use crate::cpu::winograd::{self, WinogradFilter};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor};
+use crate::{cpu, cuda};
+use std::sync::Mutex;
 
 /// Filters, packed for the algorithm that suits their shape.
 enum Filter {
     Direct(PackedB),
     Winograd(WinogradFilter),
+    /// On the card: folded, `[O, KH, KW, C]` in f32; the bias; and what the kernels read for a type of activations.
+    Cuda {
+        folded: Tensor,
+        bias: Tensor,
+        packed: Mutex<Option<Tensor>>,
+    },
 }
 
 /// A filter with the batch norm after it folded in, packed for the device.
@@ -41,11 +48,17 @@ impl FusedConv2d {
                 &[&[scale.len()], &[shift.len()]],
             ));
         }
-        let mut folded = weight.to_vec::<f32>();
+        let mut folded = weight.to_f32_vec()?;
         for (filter, scale) in folded.chunks_exact_mut(kh * kw * c).zip(scale) {
             filter.iter_mut().for_each(|w| *w *= scale);
         }
         let (isa, dims) = (Isa::current(), [o, kh, kw, c]);
+        if weight.device() == Device::Cuda {
+            let folded = Tensor::from_slice(&folded, dims)?.to_device(Device::Cuda)?;
+            let bias = Tensor::from_slice(shift, [o])?.to_device(Device::Cuda)?;
+            let filter = Filter::Cuda { folded, bias, packed: Mutex::default() };
+            return Ok(FusedConv2d { filter, bias: Vec::new(), dims, params });
+        }
         let filter = match winograd::applies(isa, dims, params.stride, params.padding) {
             true => Filter::Winograd(WinogradFilter::new(isa, &folded, o, c)),
             false => Filter::Direct(PackedB::from_columns(isa, &folded, kh * kw * c, o)),
@@ -60,19 +73,31 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
     let [oh, ow] = shape.output();
     let dims = [shape.n, oh, ow, shape.o];
     if let Some(residual) = residual {
-        require_f32("fused_conv2d", &[residual])?;
+        require_float("fused_conv2d", &[x, residual])?;
         if residual.dims() != dims {
             return Err(Error::shape("fused_conv2d", format!("a residual of {dims:?}"), &[residual.dims()]));
         }
     }
-    Ok(match x.device() {
-        Device::Cpu => Tensor::build(dims, |y| {
-            let residual = residual.map(|r| r.as_slice());
-            let epilogue = Epilogue { bias: Some(&conv.bias), residual, relu };
-            match &conv.filter {
-                Filter::Direct(filter) => cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y),
-                Filter::Winograd(filter) => winograd::forward(x.as_slice(), filter, &shape, epilogue, y),
-            }
-        }),
-    })
+    let on_cpu = || Epilogue { bias: Some(&conv.bias), residual: residual.map(|r| r.as_slice()), relu };
+    match (&conv.filter, x.device()) {
+        (Filter::Direct(filter), Device::Cpu) => {
+            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, on_cpu(), y)))
+        }
+        (Filter::Winograd(filter), Device::Cpu) => {
+            Ok(Tensor::build(dims, |y| winograd::forward(x.as_slice(), filter, &shape, on_cpu(), y)))
+        }
+        (Filter::Cuda { folded, bias, packed }, Device::Cuda) => {
+            let mut packed = packed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let filter = match &*packed {
+                Some(filter) if filter.dtype() == x.dtype() => filter.clone(),
+                _ => packed.insert(cuda::conv::pack_filter(folded, &shape, x.dtype())?).clone(),
+            };
+            let epilogue = cuda::conv::Epilogue { bias: Some(bias), residual, relu };
+            Ok(cuda::conv::forward(x, &filter, &shape, epilogue, false)?.0)
+        }
+        _ => {
+            let problem = format!("an input on {}, but filters elsewhere", x.device());
+            Err(Error::Argument { op: "fused_conv2d", problem })
+        }
+    }
 }

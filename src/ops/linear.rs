@@ -1,17 +1,22 @@
 //! `y = x W^T + b`; `dx = dy W`, `dW = dy^T x`, `db` the column sums of `dy`.
 
-use super::{require_f32, require_vector};
+use super::{require_f32, require_one_device, require_vector};
 use crate::autograd::record;
 use crate::cpu::gather::Gather;
 use crate::cpu::gemm::{Epilogue, PackedB, multiply};
 use crate::cpu::gemm_transposed::{Order, multiply_transposed};
 use crate::cpu::{Isa, norm};
+use crate::cuda::{
+    self,
+    gemm::{Layout, multiply as cuda_multiply},
+};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor};
 
 /// A fully connected layer: `x` `[N, in]`, `weight` `[out, in]`, `bias` `[out]`; gives `[N, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     require_f32("linear", &[x, weight])?;
+    require_one_device("linear", &[x, weight])?;
     let (n, inputs, outputs) = match (x.dims(), weight.dims()) {
         (&[n, i], &[o, wi]) if i == wi && i > 0 && o > 0 => (n, i, o),
         _ => return Err(Error::shape("linear", "[N, IN] and [OUT, IN]", &[x.dims(), weight.dims()])),
@@ -26,12 +31,19 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
             multiply(x.as_slice(), &Gather::matrix(n, inputs), &packed, y, epilogue)
         }),
+        Device::Cuda => cuda_multiply(x, weight, Layout::Nt, bias)?,
     };
     let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     Ok(record("linear", y, &operands, |_| {
         let saved_x = weight.requires_grad().then(|| x.detach());
         let saved_weight = x.requires_grad().then(|| weight.detach());
         Box::new(move |dy, needs| {
+            if dy.device() == Device::Cuda {
+                let dx = saved_weight.map(|weight| cuda_multiply(&dy, &weight, Layout::Nn, None)).transpose()?;
+                let dweight = saved_x.map(|x| cuda_multiply(&dy, &x, Layout::Tn, None)).transpose()?;
+                let dbias = needs.get(2).map(|&needed| needed.then(|| cuda::norm::column_sums(&dy)).transpose());
+                return Ok([dx, dweight].into_iter().chain(dbias.transpose()?).collect());
+            }
             let dy = dy.as_slice::<f32>();
             let rows = Gather::matrix(n, outputs);
             let dx = saved_weight.map(|weight| {

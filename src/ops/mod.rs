@@ -17,9 +17,9 @@ mod relu;
 mod reshape;
 
 pub use add::add;
-pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_stored};
+pub use batch_norm::{BatchStatistics, Norm, Statistics, batch_norm, batch_norm_stored, norm_act};
 pub(crate) use batch_norm::{reciprocal_deviation, scale_and_shift};
-pub use conv2d::{Conv2dParams, conv2d};
+pub use conv2d::{Conv2dParams, conv2d, conv2d_with_statistics};
 pub use cross_entropy::{CrossEntropy, Reduction, cross_entropy};
 pub use fused::{FusedConv2d, fused_conv2d};
 pub use linear::linear;
@@ -30,12 +30,38 @@ pub use relu::relu;
 pub use reshape::reshape;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 
 /// An error unless every tensor holds f32.
 fn require_f32(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     match tensors.iter().find(|tensor| tensor.dtype() != DType::F32) {
         Some(other) => Err(Error::Argument { op, problem: format!("expected F32 elements, got {:?}", other.dtype()) }),
+        None => Ok(()),
+    }
+}
+
+/// An error unless every tensor holds f32, or bf16 on CUDA; all the same.
+fn require_float(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors {
+        [first, rest @ ..] if first.dtype() == DType::BF16 && first.device() == Device::Cuda => {
+            match rest.iter().find(|other| other.dtype() != DType::BF16) {
+                Some(other) => {
+                    Err(Error::Argument { op, problem: format!("expected BF16 elements, got {:?}", other.dtype()) })
+                }
+                None => Ok(()),
+            }
+        }
+        all => require_f32(op, all),
+    }
+}
+
+/// An error unless all tensors lie on one device.
+fn require_one_device(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.device() != tensors[0].device()) {
+        Some(other) => {
+            let problem = format!("operands on {} and {}, expected one device", tensors[0].device(), other.device());
+            Err(Error::Argument { op, problem })
+        }
         None => Ok(()),
     }
 }

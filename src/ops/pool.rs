@@ -1,16 +1,16 @@
 //! Max pooling and global average pooling.
 
-use super::require_f32;
+use super::require_float;
 use crate::autograd::record;
-use crate::cpu;
 use crate::cpu::pool::PoolShape;
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor};
+use crate::{cpu, cuda};
 
 /// The maximum of every `kernel` by `kernel` window of `x` `[N, H, W, C]`, `stride` apart; padding is never the maximum.
 /// The gradient goes to the first of equal maxima, as in PyTorch.
 pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
-    require_f32("max_pool2d", &[x])?;
+    require_float("max_pool2d", &[x])?;
     let &[n, h, w, c] = x.dims() else {
         return Err(Error::shape("max_pool2d", "[N, H, W, C]", &[x.dims()]));
     };
@@ -36,31 +36,40 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
             });
             (y.expect("just built"), places)
         }
+        Device::Cuda => cuda::pool::max_pool(x, &shape)?,
     };
     Ok(record("max_pool2d", y, &[x], |_| {
         Box::new(move |dy, _| {
-            let dx = Tensor::build([n, h, w, c], |dx| {
-                cpu::pool::max_pool_backward(dy.as_slice(), places.as_slice(), &shape, dx)
-            });
-            Ok(vec![Some(dx)])
+            Ok(vec![Some(match dy.device() {
+                Device::Cpu => Tensor::build([n, h, w, c], |dx| {
+                    cpu::pool::max_pool_backward(dy.as_slice(), places.as_slice(), &shape, dx)
+                }),
+                Device::Cuda => cuda::pool::max_pool_backward(&dy, &places, &shape)?,
+            })])
         })
     }))
 }
 
-/// The mean over the pixels of each image and channel: `[N, H, W, C]` to `[N, C]`.
+/// The mean over the pixels of each image and channel: `[N, H, W, C]` to `[N, C]`, F32.
 pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
-    require_f32("global_avg_pool", &[x])?;
+    require_float("global_avg_pool", &[x])?;
     let (n, h, w, c) = match *x.dims() {
         [n, h, w, c] if h * w * c > 0 => (n, h, w, c),
         _ => return Err(Error::shape("global_avg_pool", "[N, H, W, C] with at least a pixel", &[x.dims()])),
     };
     let y = match x.device() {
         Device::Cpu => Tensor::build([n, c], |y| cpu::pool::global_average(x.as_slice(), h * w, c, y)),
+        Device::Cuda => cuda::pool::average_pool(x)?,
     };
+    let dtype = x.dtype();
     Ok(record("global_avg_pool", y, &[x], |_| {
         Box::new(move |dy, _| {
-            let dx = Tensor::build([n, h, w, c], |dx| cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx));
-            Ok(vec![Some(dx)])
+            Ok(vec![Some(match dy.device() {
+                Device::Cpu => {
+                    Tensor::build([n, h, w, c], |dx| cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx))
+                }
+                Device::Cuda => cuda::pool::average_pool_backward(&dy, &[n, h, w, c], dtype)?,
+            })])
         })
     }))
 }

@@ -1,10 +1,10 @@
 //! Sum and mean over all elements, and multiplication by a constant.
 
-use super::require_f32;
+use super::{require_f32, require_float};
 use crate::autograd::record;
-use crate::cpu;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, Tensor};
+use crate::{cpu, cuda};
 
 /// The sum of all elements, a scalar. Accumulated in f64.
 pub fn sum(x: &Tensor) -> Result<Tensor> {
@@ -24,20 +24,32 @@ pub fn mean(x: &Tensor) -> Result<Tensor> {
 fn reduce(op: &'static str, x: &Tensor, factor: f64) -> Result<Tensor> {
     let y = match x.device() {
         Device::Cpu => Tensor::full([], (cpu::elementwise::sum(x.as_slice()) * factor) as f32),
+        Device::Cuda => cuda::elementwise::sum(x, false, factor as f32)?,
     };
     Ok(record(op, y, &[x], |_| {
         let shape = x.shape().clone();
-        Box::new(move |dy, _| Ok(vec![Some(Tensor::full(shape, dy.item()? * factor as f32))]))
+        Box::new(move |dy, _| {
+            Ok(vec![Some(match dy.device() {
+                Device::Cpu => Tensor::full(shape, dy.item()? * factor as f32),
+                Device::Cuda => cuda::elementwise::fill(&shape, DType::F32, factor as f32, Some(&dy))?,
+            })])
+        })
     }))
 }
 
 /// `factor * x`.
 pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
-    require_f32("scale", &[x])?;
+    require_float("scale", &[x])?;
     let y = match x.device() {
         Device::Cpu => x.detach().map_in_place(|x| cpu::elementwise::scale(x, factor)),
+        Device::Cuda => cuda::elementwise::scale(x, factor, None)?,
     };
     Ok(record("scale", y, &[x], |_| {
-        Box::new(move |dy, _| Ok(vec![Some(dy.map_in_place(|dy| cpu::elementwise::scale(dy, factor)))]))
+        Box::new(move |dy, _| {
+            Ok(vec![Some(match dy.device() {
+                Device::Cpu => dy.map_in_place(|dy| cpu::elementwise::scale(dy, factor)),
+                Device::Cuda => cuda::elementwise::scale(&dy, factor, None)?,
+            })])
+        })
     }))
 }

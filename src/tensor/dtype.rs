@@ -5,6 +5,8 @@
 pub enum DType {
     /// 32-bit IEEE floating point: activations, parameters, gradients.
     F32,
+    /// The upper half of F32: activations on CUDA under `--precision bf16`.
+    BF16,
     /// 64-bit signed integers: labels, as PyTorch has them.
     I64,
     /// Bytes: pictures before normalisation, indices within a pooling window.
@@ -16,6 +18,7 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::F32 => 4,
+            DType::BF16 => 2,
             DType::I64 => 8,
             DType::U8 => 1,
         }
@@ -30,6 +33,9 @@ pub trait Element: bytemuck::Pod + Send + Sync {
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
+}
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::BF16;
 }
 impl Element for i64 {
     const DTYPE: DType = DType::I64;

@@ -14,6 +14,7 @@ pub use shape::Shape;
 pub use storage::{CpuBuffer, Device, Storage};
 
 use crate::autograd::{Edge, History};
+use crate::cuda::CudaBuffer;
 use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,6 +51,11 @@ impl Tensor {
     /// A tensor without history around a buffer that a kernel has filled.
     pub(crate) fn from_buffer(shape: impl Into<Shape>, buffer: CpuBuffer) -> Self {
         Self::from_parts(TensorId::fresh(), shape.into(), Arc::new(Storage::Cpu(buffer)), History::None)
+    }
+
+    /// A tensor without history around a buffer on the card.
+    pub(crate) fn from_cuda(dims: &[usize], buffer: CudaBuffer) -> Self {
+        Self::from_parts(TensorId::fresh(), dims.into(), Arc::new(Storage::Cuda(buffer)), History::None)
     }
 
     /// A tensor on the CPU whose elements `fill` writes, every one of them.
@@ -152,10 +158,89 @@ impl Tensor {
         }
     }
 
-    /// The elements of a tensor on the CPU. Panics if `T` is not its type; operations check that first.
+    /// The elements of a tensor on the CPU. Panics if it lies elsewhere or `T` is not its type; operations check that first.
     pub fn as_slice<T: Element>(&self) -> &[T] {
-        let Storage::Cpu(buffer) = &*self.0.storage;
-        buffer.as_slice()
+        match &*self.0.storage {
+            Storage::Cpu(buffer) => buffer.as_slice(),
+            Storage::Cuda(_) => panic!("the elements of a tensor on cuda; call to_device(Device::Cpu) first"),
+        }
+    }
+
+    /// The same elements on another device, without history; the tensor itself if it is there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        match (&*self.0.storage, device) {
+            (Storage::Cpu(_), Device::Cpu) | (Storage::Cuda(_), Device::Cuda) => Ok(self.detach()),
+            (Storage::Cpu(_), Device::Cuda) => {
+                let buffer = match self.dtype() {
+                    DType::F32 => CudaBuffer::from_slice(self.as_slice::<f32>())?,
+                    DType::BF16 => CudaBuffer::from_slice(self.as_slice::<half::bf16>())?,
+                    DType::I64 => CudaBuffer::from_slice(self.as_slice::<i64>())?,
+                    DType::U8 => CudaBuffer::from_slice(self.as_slice::<u8>())?,
+                };
+                Ok(Self::from_cuda(self.dims(), buffer))
+            }
+            (Storage::Cuda(buffer), Device::Cpu) => match self.dtype() {
+                DType::F32 => Self::from_slice(&buffer.to_vec::<f32>()?, self.shape().clone()),
+                DType::BF16 => Self::from_slice(&buffer.to_vec::<half::bf16>()?, self.shape().clone()),
+                DType::I64 => Self::from_slice(&buffer.to_vec::<i64>()?, self.shape().clone()),
+                DType::U8 => Self::from_slice(&buffer.to_vec::<u8>()?, self.shape().clone()),
+            },
+        }
+    }
+
+    /// The same values as F32 or BF16, without history; the tensor itself if it is of that type.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        use half::bf16;
+        match (self.device(), self.dtype(), dtype) {
+            (_, from, to) if from == to => Ok(self.detach()),
+            (Device::Cuda, DType::F32 | DType::BF16, DType::F32 | DType::BF16) => {
+                crate::cuda::elementwise::convert(self, dtype)
+            }
+            (Device::Cpu, DType::F32, DType::BF16) => {
+                let values: Vec<bf16> = self.as_slice::<f32>().iter().map(|&x| bf16::from_f32(x)).collect();
+                Self::from_slice(&values, self.shape().clone())
+            }
+            (Device::Cpu, DType::BF16, DType::F32) => {
+                let values: Vec<f32> = self.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect();
+                Self::from_slice(&values, self.shape().clone())
+            }
+            (_, from, _) => {
+                let problem = format!("{from:?} to {dtype:?}, expected F32 and BF16");
+                Err(Error::Argument { op: "to_dtype", problem })
+            }
+        }
+    }
+
+    /// The values as F32 on the CPU.
+    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        Ok(self.to_device(Device::Cpu)?.to_dtype(DType::F32)?.to_vec())
+    }
+
+    /// All elements `value`, on a device.
+    pub fn full_on(device: Device, shape: impl Into<Shape>, value: f32) -> Result<Self> {
+        match device {
+            Device::Cpu => Ok(Self::full(shape, value)),
+            Device::Cuda => crate::cuda::elementwise::fill(&shape.into(), DType::F32, value, None),
+        }
+    }
+
+    /// Overwrites the elements of a tensor on the card by those of another.
+    pub(crate) fn copy_on_cuda(&self, source: &Tensor) -> Result<()> {
+        match (&*self.0.storage, &*source.0.storage) {
+            (Storage::Cuda(target), Storage::Cuda(source)) => target.copy_from(source),
+            _ => unreachable!("tensors on cuda"),
+        }
+    }
+
+    /// A copy of a tensor on the card.
+    pub(crate) fn duplicate_on_cuda(&self) -> Result<Self> {
+        let Storage::Cuda(buffer) = &*self.0.storage else { unreachable!("a tensor on cuda") };
+        Ok(Self::from_cuda(self.dims(), buffer.duplicate()?))
+    }
+
+    /// Whether nothing else refers to the elements.
+    pub(crate) fn is_unique(&self) -> bool {
+        Arc::strong_count(&self.0) == 1 && Arc::strong_count(&self.0.storage) == 1
     }
 
     /// A copy of the elements.
@@ -166,7 +251,7 @@ impl Tensor {
     /// The value of a tensor of one f32.
     pub fn item(&self) -> Result<f32> {
         match (self.dtype(), self.numel()) {
-            (DType::F32, 1) => Ok(self.as_slice::<f32>()[0]),
+            (DType::F32, 1) => Ok(self.to_device(Device::Cpu)?.as_slice::<f32>()[0]),
             _ => Err(Error::shape("item", "one f32", &[self.dims()])),
         }
     }
@@ -186,6 +271,7 @@ impl Tensor {
         let inner = Arc::try_unwrap(self.0).map_err(Tensor)?;
         match Arc::try_unwrap(inner.storage) {
             Ok(Storage::Cpu(buffer)) => Ok(buffer),
+            Ok(on_card) => Err(Self::from_parts(inner.id, inner.shape, Arc::new(on_card), inner.history)),
             Err(storage) => Err(Self::from_parts(inner.id, inner.shape, storage, inner.history)),
         }
     }

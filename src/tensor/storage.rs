@@ -2,6 +2,7 @@
 
 use super::dtype::{DType, Element};
 use super::pool::Block;
+use crate::cuda::CudaBuffer;
 
 /// A place where tensors live and operations run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -10,12 +11,15 @@ pub enum Device {
     /// The processor, on rayon's current thread pool.
     #[default]
     Cpu,
+    /// The first NVIDIA card, or the emulated grid in its place.
+    Cuda,
 }
 
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
+            Device::Cuda => f.write_str("cuda"),
         }
     }
 }
@@ -24,6 +28,8 @@ impl std::fmt::Display for Device {
 pub enum Storage {
     /// In the machine's memory.
     Cpu(CpuBuffer),
+    /// In the card's memory.
+    Cuda(CudaBuffer),
 }
 
 impl Storage {
@@ -31,6 +37,7 @@ impl Storage {
     pub fn device(&self) -> Device {
         match self {
             Storage::Cpu(_) => Device::Cpu,
+            Storage::Cuda(_) => Device::Cuda,
         }
     }
 
@@ -38,6 +45,7 @@ impl Storage {
     pub fn dtype(&self) -> DType {
         match self {
             Storage::Cpu(buffer) => buffer.dtype,
+            Storage::Cuda(buffer) => buffer.dtype(),
         }
     }
 }

@@ -86,22 +86,22 @@ pub fn save(
         ("progress".to_string(), json("progress", serde_json::to_string(progress))?),
     ]);
     let Some((network, optimizer, ema)) = state else { return weights::save(path, &[], &metadata) };
-    let vector = |name: String, values: &[f32]| NamedTensor {
+    let vector = |name: String, values: Vec<f32>| NamedTensor {
         name,
         shape: vec![values.len()],
-        data: Data::F32(Cow::Owned(values.to_vec())),
+        data: Data::F32(Cow::Owned(values)),
     };
     let snapshot = network.snapshot();
     let mut tensors = snapshot.tensors()?;
     tensors.iter_mut().for_each(|tensor| tensor.name.insert_str(0, "network."));
-    for saved in optimizer.state() {
+    for saved in optimizer.state()? {
         let step = Data::I64(Cow::Owned(vec![i64::from(saved.step)]));
         tensors.push(NamedTensor { name: format!("optimizer.step.{}", saved.name), shape: vec![], data: step });
-        tensors.push(vector(format!("optimizer.first.{}", saved.name), saved.first));
-        tensors.push(vector(format!("optimizer.second.{}", saved.name), saved.second));
+        tensors.push(vector(format!("optimizer.first.{}", saved.name), saved.first.into_owned()));
+        tensors.push(vector(format!("optimizer.second.{}", saved.name), saved.second.into_owned()));
     }
     for (name, average) in ema.iter().flat_map(|ema| ema.values()) {
-        tensors.push(vector(format!("ema.{name}"), average.as_slice()));
+        tensors.push(vector(format!("ema.{name}"), average.to_f32_vec()?));
     }
     weights::save(path, &tensors, &metadata)
 }
@@ -130,11 +130,11 @@ impl Checkpoint {
             let step = self.file.i64(&format!("optimizer.step.{name}"))?.first().copied().unwrap_or(0);
             let first = self.file.f32(&format!("optimizer.first.{name}"))?;
             let second = self.file.f32(&format!("optimizer.second.{name}"))?;
-            optimizer.restore(&SavedState { name, step: step as u32, first: &first, second: &second })?;
+            optimizer.restore(&SavedState { name, step: step as u32, first: first.into(), second: second.into() })?;
         }
         if let Some(ema) = ema {
             for name in names("ema.") {
-                ema.restore(name, &self.file.f32(&format!("ema.{name}"))?);
+                ema.restore(name, &self.file.f32(&format!("ema.{name}"))?)?;
             }
         }
         Ok(())

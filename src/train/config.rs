@@ -1,5 +1,6 @@
 //! Everything that decides the outcome of a run.
 
+use super::placement::Precision;
 use crate::data::Augment;
 use crate::error::{Error, Result};
 use crate::nn::{MIN_IMAGE_SIZE, ResNet18, Stage};
@@ -161,6 +162,9 @@ pub struct TrainConfig {
     pub image_size: u32,
     /// Whether pictures are turned as their EXIF data says.
     pub exif: bool,
+    /// What activations are kept in and multiplied as.
+    #[serde(default)]
+    pub precision: Precision,
     /// Decides the new head, the split, the order of pictures and all that is random about them.
     pub seed: u64,
 }
@@ -214,6 +218,7 @@ impl TrainConfig {
             val_split: 0.2,
             image_size: 224,
             exif: false,
+            precision: Precision::F32,
             seed: 0,
         }
     }

@@ -2,8 +2,10 @@
 //! the values themselves.
 
 use crate::cpu::elementwise::blend;
+use crate::cuda;
+use crate::error::Result;
 use crate::nn::{Parameter, ResNet18, Stage};
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use std::sync::Arc;
 
 /// Averages of everything that training changes: parameters and running statistics.
@@ -30,26 +32,36 @@ impl Ema {
 
     /// Moves the averages towards the network's values, after step number `step` (from 1). Early steps weigh more, so that
     /// the start is forgotten soon.
-    pub fn update(&mut self, step: usize) {
+    pub fn update(&mut self, step: usize) -> Result<()> {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
         for (parameter, average) in &mut self.averages {
             let value = parameter.tensor();
             // What has never been changed still shares its memory with the average.
             if !value.shares_memory(average) {
                 let old = std::mem::replace(average, Tensor::zeros([0]));
-                *average = old.map_in_place(|a| blend(a, value.as_slice(), decay));
+                *average = match old.device() {
+                    Device::Cpu => old.map_in_place(|a| blend(a, value.as_slice(), decay)),
+                    Device::Cuda => {
+                        // An average that a snapshot shares stays as it is.
+                        let own = if old.is_unique() { old } else { old.duplicate_on_cuda()? };
+                        cuda::norm::blend(&own, &value, decay, 1.0 - decay)?;
+                        own
+                    }
+                };
             }
         }
+        Ok(())
     }
 
     /// Exchanges the averages and the network's values; a second call puts them back.
-    pub fn swap(&mut self) {
+    pub fn swap(&mut self) -> Result<()> {
         for (parameter, average) in &mut self.averages {
             let value = parameter.tensor().detach();
             if !value.shares_memory(average) {
-                parameter.set(std::mem::replace(average, value));
+                parameter.set(std::mem::replace(average, value))?;
             }
         }
+        Ok(())
     }
 
     /// Every average, under its parameter's name.
@@ -58,14 +70,16 @@ impl Ema {
     }
 
     /// Replaces the average of that name; values of another length are left out.
-    pub fn restore(&mut self, name: &str, values: &[f32]) {
+    pub fn restore(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let entry = self.averages.iter_mut().find(|(p, _)| p.name() == name && p.shape().numel() == values.len());
         if let Some((parameter, average)) = entry {
             // Equal values go on sharing, as in a run that was not interrupted.
-            *average = match parameter.tensor().as_slice::<f32>() == values {
-                true => parameter.tensor().detach(),
-                false => average.clone().map_in_place(|a| a.copy_from_slice(values)),
+            let current = parameter.tensor().detach();
+            *average = match current.to_f32_vec()? == values {
+                true => current,
+                false => Tensor::from_slice(values, parameter.shape().clone())?.to_device(current.device())?,
             };
         }
+        Ok(())
     }
 }

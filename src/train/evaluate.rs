@@ -58,7 +58,7 @@ fn for_each_batch(
         }
         if !indices.is_empty() {
             let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
-            no_grad(|| body(&indices, &images(&pictures, &model.preprocess)))?;
+            no_grad(|| body(&indices, &images(&pictures, &model.preprocess, model.placement)?))?;
         }
         observer.progress("pictures", done, total);
     }
@@ -79,8 +79,9 @@ pub fn evaluate(model: &Model, samples: Vec<Sample>, observer: &mut dyn Observer
         let labels: Vec<i64> = indices.iter().map(|&i| samples[i].label as i64).collect();
         let targets = Tensor::from_slice(&labels, [labels.len()])?;
         let loss = cross_entropy(&logits, &targets, &CrossEntropy::default())?.item()?;
-        tally.add(loss, logits.as_slice(), &labels);
-        confusion.add(logits.as_slice(), &labels);
+        let logits = logits.to_f32_vec()?;
+        tally.add(loss, &logits, &labels);
+        confusion.add(&logits, &labels);
         Ok(())
     })?;
     Ok(Evaluation {
@@ -110,7 +111,7 @@ pub fn predict(model: &Model, paths: Vec<PathBuf>, top: usize, observer: &mut dy
     let mut predictions = Vec::with_capacity(samples.len());
     for_each_batch(model, samples.clone(), observer, |indices, images| {
         let logits = model.network.forward(images, false)?;
-        for (&i, row) in indices.iter().zip(logits.as_slice::<f32>().chunks_exact(model.classes.len())) {
+        for (&i, row) in indices.iter().zip(logits.to_f32_vec()?.chunks_exact(model.classes.len())) {
             let mut classes: Vec<(usize, f32)> = softmax(row).into_iter().enumerate().collect();
             classes.sort_by(|a, b| b.1.total_cmp(&a.1));
             classes.truncate(top);
@@ -142,10 +143,11 @@ pub struct Features {
 impl Features {
     /// Adds the rows of normalised images `[N, H, W, 3]`.
     pub fn add(&mut self, model: &Model, images: &Tensor) -> Result<()> {
+        let images = &model.placement.place(images)?;
         let features = no_grad(|| model.network.features(images, false))?;
         let logits = no_grad(|| model.network.head().forward(&features))?;
-        self.features.extend_from_slice(features.as_slice());
-        self.logits.extend_from_slice(logits.as_slice());
+        self.features.extend(features.to_f32_vec()?);
+        self.logits.extend(logits.to_f32_vec()?);
         Ok(())
     }
 }

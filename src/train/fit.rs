@@ -6,9 +6,10 @@ use super::ema::Ema;
 use super::inputs::Split;
 use super::metrics::{Confusion, Tally};
 use super::model::{classes, preprocess};
+use super::placement::Placement;
 use super::record::{Record, is_better};
 use super::run_folder::{RunFolder, read_config};
-use super::step::{Place, Trainer};
+use super::step::{Diverged, Place, Trainer};
 use super::{Epoch, Observer, Outcome};
 use crate::autograd::no_grad;
 use crate::data::{Augment, Dataset, Preprocess, generator};
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
 use crate::ops::{CrossEntropy, cross_entropy};
 use crate::optim::{Optimizer, Schedule};
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use crate::weights::WeightsFile;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -32,18 +33,20 @@ pub struct Control<'a> {
     /// How long a run goes on before it writes its models and a checkpoint again. A head on cached features takes
     /// milliseconds an epoch, and a model takes longer than that to write.
     pub write_every: Duration,
+    /// Where to compute.
+    pub device: Device,
 }
 
 impl Default for Control<'_> {
     fn default() -> Self {
-        Control { stop: None, write_every: Duration::from_secs(10) }
+        Control { stop: None, write_every: Duration::from_secs(10), device: Device::Cpu }
     }
 }
 
 /// Trains as `config` says and leaves everything in `out`.
 pub fn fit(config: &TrainConfig, out: &Path, control: Control, observer: &mut dyn Observer) -> Result<Outcome> {
     let start = Instant::now();
-    let (run, classes, preprocess) = Run::new(config, observer)?;
+    let (run, classes, preprocess) = Run::new(config, control.device, observer)?;
     let folder = RunFolder::create(out, config, &classes, &preprocess)?;
     run.train(folder, start, control, observer)
 }
@@ -64,7 +67,7 @@ pub fn resume(folder: &Path, control: Control, observer: &mut dyn Observer) -> R
         observer.note(&format!("{}: the run is complete", folder.display()));
         return saved.progress.outcome(&saved.data.classes, folder.join("model.safetensors"), start);
     }
-    let (mut run, classes, preprocess) = Run::new(&config, observer)?;
+    let (mut run, classes, preprocess) = Run::new(&config, control.device, observer)?;
     match saved {
         None => observer.note("no checkpoint yet, the run begins anew"),
         Some(saved) => {
@@ -134,17 +137,23 @@ struct Run {
 }
 
 impl Run {
-    fn new(config: &TrainConfig, observer: &mut dyn Observer) -> Result<(Self, Vec<String>, Preprocess)> {
+    fn new(
+        config: &TrainConfig,
+        device: Device,
+        observer: &mut dyn Observer,
+    ) -> Result<(Self, Vec<String>, Preprocess)> {
         config.check()?;
+        let placement = Placement::new(device, config.precision)?;
         let dataset = Dataset::open(&config.data, config.val_split, config.seed)?;
         dataset.warnings.iter().for_each(|line| observer.note(line));
         let (classes, train, val) = (dataset.classes.len(), dataset.train.len(), dataset.val.len());
         observer.note(&format!("{classes} classes, {train} training and {val} validation pictures"));
         let (network, preprocess) = load(config, &dataset.classes, observer)?;
+        placement.move_network(&network)?;
         let steps_per_epoch = train.div_ceil(config.batch_size);
         let data = fingerprint(&dataset);
-        let train = Split::new("training pictures", dataset.train, &preprocess, config.augment, config.seed);
-        let val = Split::new("validation pictures", dataset.val, &preprocess, Augment::None, config.seed);
+        let train = Split::new("training pictures", dataset.train, &preprocess, config.augment, config.seed, placement);
+        let val = Split::new("validation pictures", dataset.val, &preprocess, Augment::None, config.seed, placement);
         let criterion = CrossEntropy {
             label_smoothing: config.label_smoothing,
             class_weights: match config.class_weights {
@@ -153,13 +162,10 @@ impl Run {
             },
             ..CrossEntropy::default()
         };
+        let optimizer = Optimizer::new(config.groups(&network), config.algorithm());
+        let ema = config.ema.map(|decay| Ema::new(&network, decay));
         let run = Run {
-            trainer: Trainer {
-                optimizer: Optimizer::new(config.groups(&network), config.algorithm()),
-                ema: config.ema.map(|decay| Ema::new(&network, decay)),
-                criterion,
-                network,
-            },
+            trainer: Trainer::new(network, optimizer, ema, criterion, placement),
             train,
             val,
             schedule: Schedule {
@@ -268,15 +274,17 @@ impl Run {
             let step = (number - 1) * steps + batch;
             if let Some((input, labels)) = given {
                 let place = Place { epoch: number, batch, step, factor: schedule.factor(step) };
-                let loss = trainer.step(&record.config, input, &labels, &place, &mut tally)?;
-                if !loss.is_finite() {
-                    return Err(record.diverged(folder, loss, &place));
-                }
+                trainer.step(&record.config, input, &labels, place)?;
             }
             record.progress.batch += 1;
-            record.progress.partial = Partial::new(&tally, earlier.seconds + began.elapsed().as_secs_f64());
             let stop = control.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
-            if stop || (folder.is_due(control.write_every) && record.progress.batch < steps) {
+            let over = record.progress.batch >= steps;
+            let write = stop || (folder.is_due(control.write_every) && !over);
+            if let Some(Diverged { place, loss }) = trainer.settle(&mut tally, write || over)? {
+                return Err(record.diverged(folder, loss, &place));
+            }
+            record.progress.partial = Partial::new(&tally, earlier.seconds + began.elapsed().as_secs_f64());
+            if write {
                 record.write(folder, trainer)?;
             }
             if stop { Err(Error::Interrupted { run: folder.path().to_path_buf() }) } else { Ok(()) }
@@ -289,21 +297,23 @@ impl Run {
         let mut tally = Tally::default();
         let mut confusion = Confusion::new(self.record.data.classes.len());
         if let Some(ema) = &mut self.trainer.ema {
-            ema.swap();
+            ema.swap()?;
         }
-        let network = &self.trainer.network;
+        let (network, placement) = (&self.trainer.network, self.trainer.placement);
         let order: Vec<usize> = (0..self.val.len()).collect();
         let result =
             self.val.for_each_batch(&order, self.record.config.batch_size, 0, observer, "validation", |given| {
                 let Some((input, labels)) = given else { return Ok(()) };
-                let logits = no_grad(|| network.suffix(&input.tensor, input.stage, false))?;
+                let x = placement.place(&input.tensor)?;
+                let logits = no_grad(|| network.suffix(&x, input.stage, false))?;
                 let loss = cross_entropy(&logits, &labels, &CrossEntropy::default())?.item()?;
-                tally.add(loss, logits.as_slice(), labels.as_slice());
-                confusion.add(logits.as_slice(), labels.as_slice());
+                let logits = logits.to_f32_vec()?;
+                tally.add(loss, &logits, labels.as_slice());
+                confusion.add(&logits, labels.as_slice());
                 Ok(())
             });
         if let Some(ema) = &mut self.trainer.ema {
-            ema.swap();
+            ema.swap()?;
         }
         result.map(|()| (tally, confusion))
     }
@@ -333,11 +343,11 @@ impl Run {
         }
         // What is kept is the averaged network, if there is one.
         if let Some(ema) = &mut trainer.ema {
-            ema.swap();
+            ema.swap()?;
         }
         folder.record(epoch, || trainer.network.snapshot(), improved);
         if let Some(ema) = &mut trainer.ema {
-            ema.swap();
+            ema.swap()?;
         }
         if folder.is_due(control.write_every) && epoch.epoch < epoch.epochs {
             record.write(folder, trainer)

@@ -2,11 +2,13 @@
 
 use super::Observer;
 use super::config::{BnMode, CacheMode, TrainConfig};
+use super::placement::Placement;
 use crate::autograd::no_grad;
+use crate::cuda;
 use crate::data::{Augment, Pixels, Preprocess, Sample, decode, generator, ordered_parallel};
 use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
-use crate::tensor::{Tensor, pool};
+use crate::tensor::{Device, Tensor, pool};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -51,12 +53,24 @@ pub(super) fn decode_batches(
     batches(order, batch, move |i| preprocess.load(&samples[i].path))
 }
 
-/// `[N, crop, crop, 3]`, normalised, from decoded pictures.
-pub(super) fn images(pictures: &[&[u8]], preprocess: &Preprocess) -> Tensor {
+/// `[N, crop, crop, 3]`, normalised, from decoded pictures. To the card they go as bytes.
+pub(super) fn images(pictures: &[&[u8]], preprocess: &Preprocess, placement: Placement) -> Result<Tensor> {
     let side = preprocess.crop as usize;
-    Tensor::build([pictures.len(), side, side, 3], |out: &mut [f32]| {
-        out.par_chunks_mut(side * side * 3).zip(pictures).for_each(|(out, picture)| preprocess.normalize(picture, out));
-    })
+    let dims = [pictures.len(), side, side, 3];
+    match placement.device {
+        Device::Cpu => Ok(Tensor::build(dims, |out: &mut [f32]| {
+            let each = out.par_chunks_mut(side * side * 3).zip(pictures);
+            each.for_each(|(out, picture)| preprocess.normalize(picture, out));
+        })),
+        Device::Cuda => {
+            let bytes = Tensor::build(dims, |out: &mut [u8]| {
+                out.chunks_exact_mut(side * side * 3).zip(pictures).for_each(|(out, p)| out.copy_from_slice(p));
+            });
+            let bytes = bytes.to_device(Device::Cuda)?;
+            let (mean, deviation) = (preprocess.mean, preprocess.std);
+            cuda::image::normalise(&bytes, None, [side; 2], mean, deviation, placement.dtype())
+        }
+    }
 }
 
 /// Where the pictures of a split come from in an epoch. Entries of pictures that cannot be read are empty.
@@ -85,6 +99,7 @@ pub(super) struct Split {
     preprocess: Preprocess,
     augment: Augment,
     seed: u64,
+    placement: Placement,
     source: Source,
     /// Known to be unreadable.
     bad: Vec<bool>,
@@ -95,13 +110,23 @@ pub(super) struct Split {
 }
 
 impl Split {
-    pub fn new(name: &'static str, samples: Vec<Sample>, preprocess: &Preprocess, augment: Augment, seed: u64) -> Self {
+    pub fn new(
+        name: &'static str,
+        samples: Vec<Sample>,
+        preprocess: &Preprocess,
+        augment: Augment,
+        seed: u64,
+        placement: Placement,
+    ) -> Self {
+        // What is mixed on the CPU goes to the card after that.
+        let placement = if augment == Augment::Strong { Placement::default() } else { placement };
         let (bad, preprocess) = (vec![false; samples.len()], preprocess.clone());
         Split {
             samples: samples.into(),
             preprocess,
             augment,
             seed,
+            placement,
             source: Source::Files,
             bad,
             skipped: Vec::new(),
@@ -138,7 +163,8 @@ impl Split {
             return self.keep_originals(batch, budget, observer);
         }
         if config.bn == BnMode::Frozen && cut > Stage::Stem {
-            let probe = no_grad(|| network.prefix(&Tensor::zeros([1, side, side, 3]), cut, false))?;
+            let probe =
+                no_grad(|| network.prefix(&self.placement.place(&Tensor::zeros([1, side, side, 3]))?, cut, false))?;
             let bytes = self.len() * probe.numel() * size_of::<f32>();
             if bytes <= *budget {
                 *budget -= bytes;
@@ -171,9 +197,10 @@ impl Split {
     ) -> Result<()> {
         let row: usize = dims.iter().product();
         let mut values = vec![0.0; self.len() * row];
+        let placement = self.placement;
         self.for_each_decoded(batch, observer, |indices, pictures, preprocess| {
-            let x = no_grad(|| network.prefix(&images(pictures, preprocess), stage, false))?;
-            for (&i, x) in indices.iter().zip(x.as_slice::<f32>().chunks_exact(row)) {
+            let x = no_grad(|| network.prefix(&images(pictures, preprocess, placement)?, stage, false))?;
+            for (&i, x) in indices.iter().zip(x.to_f32_vec()?.chunks_exact(row)) {
                 values[i * row..][..row].copy_from_slice(x);
             }
             Ok(())
@@ -306,8 +333,8 @@ impl Split {
                 done += decoded.len();
                 let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
                 let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
-                let tensor = || images(&pictures, &self.preprocess);
-                body(self.batch(&indices, || Input { stage: Stage::Stem, tensor: tensor() })?)?;
+                let tensor = || images(&pictures, &self.preprocess, self.placement);
+                body(self.batch(&indices, || Ok(Input { stage: Stage::Stem, tensor: tensor()? }))?)?;
                 observer.progress(phase, done, total);
             }
             return self.check_classes();
@@ -321,20 +348,20 @@ impl Split {
         Ok(())
     }
 
-    fn batch(&self, indices: &[usize], input: impl FnOnce() -> Input) -> Result<Option<(Input, Tensor)>> {
+    fn batch(&self, indices: &[usize], input: impl FnOnce() -> Result<Input>) -> Result<Option<(Input, Tensor)>> {
         if indices.is_empty() {
             return Ok(None);
         }
         let labels: Vec<i64> = indices.iter().map(|&i| self.samples[i].label as i64).collect();
-        Ok(Some((input(), Tensor::from_slice(&labels, [labels.len()])?)))
+        Ok(Some((input()?, Tensor::from_slice(&labels, [labels.len()])?)))
     }
 
     /// The input of a batch from what was kept.
-    fn kept(&self, indices: &[usize]) -> Input {
-        match &self.source {
+    fn kept(&self, indices: &[usize]) -> Result<Input> {
+        Ok(match &self.source {
             Source::Pictures(pictures) => {
                 let pictures: Vec<&[u8]> = indices.iter().filter_map(|&i| pictures[i].as_deref()).collect();
-                Input { stage: Stage::Stem, tensor: images(&pictures, &self.preprocess) }
+                Input { stage: Stage::Stem, tensor: images(&pictures, &self.preprocess, self.placement)? }
             }
             Source::Activations { stage, dims, values } => {
                 let row: usize = dims.iter().product();
@@ -344,9 +371,9 @@ impl Split {
                         out.copy_from_slice(&values[i * row..][..row]);
                     }
                 });
-                Input { stage: *stage, tensor }
+                Input { stage: *stage, tensor: self.placement.place(&tensor)? }
             }
             Source::Files | Source::Originals(_) => unreachable!("these are decoded in every epoch"),
-        }
+        })
     }
 }

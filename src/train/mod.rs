@@ -11,6 +11,7 @@ mod inputs;
 mod metrics;
 mod mix;
 pub mod model;
+mod placement;
 mod record;
 mod run_folder;
 mod step;
@@ -21,6 +22,7 @@ pub use fit::{Control, fit, resume};
 pub use inputs::Skipped;
 pub use metrics::{ClassMetrics, Confusion};
 pub use model::Model;
+pub use placement::{Placement, Precision};
 pub use run_folder::default as default_run_folder;
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,6 @@
 //! A network together with what is needed to use it: class names and preprocessing, kept in the file's metadata.
 
+use super::placement::Placement;
 use crate::data::Preprocess;
 use crate::error::{Error, Result};
 use crate::nn::{MIN_IMAGE_SIZE, ResNet18, Snapshot};
@@ -19,11 +20,18 @@ pub struct Model {
     pub classes: Vec<String>,
     /// How a picture becomes its input.
     pub preprocess: Preprocess,
+    /// Where it runs.
+    pub placement: Placement,
 }
 
 impl Model {
     /// Reads a file that hone or torchvision has written. Without names in the metadata, classes are called by their number.
     pub fn load(path: &Path) -> Result<Model> {
+        Self::load_on(path, Placement::default())
+    }
+
+    /// [`Model::load`], to be run elsewhere than on the CPU in f32.
+    pub fn load_on(path: &Path, placement: Placement) -> Result<Model> {
         let file = WeightsFile::open(path)?;
         let network = ResNet18::load(&file)?;
         let classes = classes(&file)?.unwrap_or_else(|| (0..network.classes()).map(|i| i.to_string()).collect());
@@ -32,7 +40,8 @@ impl Model {
                 format!("the metadata names {} classes but fc.weight has {} rows", classes.len(), network.classes());
             return Err(Error::file(path, problem, "correct or remove \"classes\" in its metadata"));
         }
-        Ok(Model { preprocess: preprocess(&file)?, network, classes })
+        placement.move_network(&network)?;
+        Ok(Model { preprocess: preprocess(&file)?, network, classes, placement })
     }
 }
 

@@ -1,0 +1,102 @@
+//! Running the same computation on both devices.
+
+use hone::{DType, Device, Result, Tensor, cuda};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::{Mutex, MutexGuard};
+
+/// Held by every test: there is one device, and its switches are global.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+/// The device, or `None` where there is none.
+pub fn device() -> Option<MutexGuard<'static, ()>> {
+    #[cfg(feature = "emulator")]
+    cuda::emulate();
+    let guard = DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    match cuda::context() {
+        Ok(context) => {
+            context.allow_tf32(false);
+            Some(guard)
+        }
+        Err(_) if !cfg!(feature = "emulator") => {
+            println!("skipped: {}", cuda::probe().unwrap_or_default());
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// Leaves the test where there is no device.
+macro_rules! require_device {
+    () => {
+        require_device!(())
+    };
+    ($nothing:expr) => {
+        let Some(_device) = crate::support::device() else { return $nothing };
+    };
+}
+pub(crate) use require_device;
+
+/// Values in [-1, 1), decided by `seed`.
+pub fn random(dims: &[usize], seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..dims.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_slice(&values, dims).unwrap()
+}
+
+/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much: sums of numbers near 1 that cancel
+/// are not wrong in their own size. NaN if anything is.
+pub fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len(), "lengths");
+    let square = |x: f64| x * x;
+    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
+    let norm: f64 = want.iter().map(|&w| square(f64::from(w))).sum();
+    (difference / norm.max(square(0.05) * want.len() as f64)).sqrt()
+}
+
+pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    assert_eq!(got.dims(), want.dims(), "{what}: extents");
+    let error = relative_l2(&got.to_f32_vec().unwrap(), &want.to_f32_vec().unwrap());
+    assert!(error <= tolerance, "{what}: relative error {error:e}, at most {tolerance:e}");
+}
+
+/// Rounded to bf16, as f32.
+pub fn rounded(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
+}
+
+/// Runs `f` on both devices, in f32, and compares results and the gradients to all inputs.
+pub fn compare(inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    compare_as(DType::F32, inputs, tolerance, |x| f(x));
+}
+
+/// As [`compare`], but on CUDA inputs of four extents are of the type `dtype`; the CPU is given their rounded values.
+pub fn compare_as(dtype: DType, inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let narrow = |x: &Tensor| dtype == DType::BF16 && x.dims().len() == 4;
+    let on_cpu: Vec<Tensor> = inputs.iter().map(|x| if narrow(x) { rounded(x) } else { x.clone() }.leaf()).collect();
+    let on_cuda: Vec<Tensor> = on_cpu
+        .iter()
+        .map(|x| {
+            let moved = x.detach().to_device(Device::Cuda).unwrap();
+            if narrow(x) { moved.to_dtype(dtype).unwrap().leaf() } else { moved.leaf() }
+        })
+        .collect();
+    let want = f(&on_cpu).unwrap();
+    let got = f(&on_cuda).unwrap();
+    assert_eq!(got.device(), Device::Cuda);
+    assert_close("result", &got, &want, tolerance);
+    if !want.requires_grad() {
+        return;
+    }
+    let seed = random(want.dims(), 99);
+    let seed = if got.dtype() == DType::BF16 { rounded(&seed) } else { seed };
+    let want = want.backward_with(seed.clone()).unwrap();
+    let seed = seed.to_device(Device::Cuda).unwrap().to_dtype(got.dtype()).unwrap();
+    let got = got.backward_with(seed).unwrap();
+    for (i, (cpu, cuda)) in on_cpu.iter().zip(&on_cuda).enumerate() {
+        match (want.get(cpu), got.get(cuda)) {
+            (Some(want), Some(got)) => assert_close(&format!("gradient {i}"), got, want, tolerance),
+            (want, got) => assert_eq!(want.is_some(), got.is_some(), "gradient {i}"),
+        }
+    }
+}
