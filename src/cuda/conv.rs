@@ -274,7 +274,7 @@ impl FirstLayer {
             return None;
         }
         // A position's run must begin at a multiple of a pack.
-        let pixel = if 4 * shape.stride[1] % pack(dtype) == 0 { 4 } else { pack(dtype) };
+        let pixel = if (4 * shape.stride[1]).is_multiple_of(pack(dtype)) { 4 } else { pack(dtype) };
         let row_taps = (shape.kw * pixel).next_multiple_of(32) / pixel;
         let [_, ow] = shape.output();
         let columns = ((ow - 1) * shape.stride[1] + row_taps).max(shape.w + 2 * shape.padding[1]);
@@ -459,7 +459,7 @@ pub fn forward(
     };
     let y = empty(&[shape.n, oh, ow, shape.o], dtype)?;
     let rows = gather.rows as usize;
-    let aligned = gather.run as usize % pack(dtype) == 0;
+    let aligned = (gather.run as usize).is_multiple_of(pack(dtype));
     let engine = Engine::choose(context, dtype, aligned, rows, shape.o);
     let row_tiles = rows.div_ceil(engine.tile()[0]);
     let parts = statistics.then(|| empty(&[row_tiles, 2, shape.o], DType::F32)).transpose()?;
@@ -487,7 +487,7 @@ fn conv_params(x: &Tensor, filter: &Tensor, y: &Tensor, gather: &Gather, outputs
         filter_pitch: pitch as i32,
         relu: 0,
         packed: (gather.run % 4 == 0 && gather.pixel % 4 == 0).into(),
-        store_packed: (outputs % 4 == 0).into(),
+        store_packed: outputs.is_multiple_of(4).into(),
         unused: 0,
         classes: [*gather; MAX_CLASSES],
     }
@@ -520,7 +520,7 @@ pub fn backward_input(dy: &Tensor, filter: &Tensor, shape: &ConvShape) -> Result
     let grid = [shape.c.div_ceil(32) as u32, shape.o.div_ceil(32) as u32, (shape.kh * shape.kw) as u32];
     context.launch(kernel, grid, &filter_params(filter, &transposed, shape))?;
     let dx = empty(&[shape.n, shape.h, shape.w, shape.c], dtype)?;
-    let aligned = shape.o % pack(dtype) == 0;
+    let aligned = shape.o.is_multiple_of(pack(dtype));
     for classes in stride_classes(shape).chunks(MAX_CLASSES) {
         let rows = classes.iter().map(|g| g.rows as usize).max().unwrap_or(0);
         let engine = Engine::choose(context, dtype, aligned, rows * classes.len(), shape.c);
@@ -546,7 +546,7 @@ pub fn backward_filter(x: &Tensor, dy: &Tensor, shape: &ConvShape) -> Result<Ten
     };
     let columns = (gather.taps[0] * gather.taps[1] * gather.run) as usize;
     let (run, positions) = (gather.run as usize, gather.rows as usize);
-    let aligned = run % pack(dtype) == 0 && shape.o % pack(dtype) == 0;
+    let aligned = run % pack(dtype) == 0 && shape.o.is_multiple_of(pack(dtype));
     let engine = match Engine::choose(context, dtype, aligned, shape.o, columns) {
         // There are always enough blocks, since the sum is split: the tile follows the extents.
         Engine::Mma(_) if shape.o >= 128 => Engine::Mma(Tile::Large),
@@ -569,7 +569,7 @@ pub fn backward_filter(x: &Tensor, dy: &Tensor, shape: &ConvShape) -> Result<Ten
         positions: positions as i32,
         split: split as i32,
         packed_x: (run % 4 == 0).into(),
-        packed_dy: (shape.o % 4 == 0).into(),
+        packed_dy: shape.o.is_multiple_of(4).into(),
         run: Divider::new(run),
         taps_w: Divider::new(gather.taps[1] as usize),
         patches: gather,

@@ -149,8 +149,10 @@ impl Emulator {
         unsafe { Library::new(file.path()) }.map_err(|e| problem(format!("{name} does not load: {e}")))
     }
 
-    /// Compiles and launches a kernel of a source that is not one of hone's: for tests of the emulator itself.
+    /// Compiles and launches a kernel of a source that is not one of hone's but may include its headers: for tests of the
+    /// emulator itself.
     pub fn launch_source(&self, source: &str, name: &str, extents: Extents, params: &[u8]) -> Result<()> {
+        let source = &super::source::expand_includes(source);
         let library = self.load("test.cu", source)?;
         // SAFETY: every kernel's entry has this signature.
         let entry: Entry = *unsafe { library.get(name.as_bytes()) }.map_err(|e| problem(e.to_string()))?;
@@ -241,8 +243,8 @@ impl Backend for Emulator {
 
     fn function(&self, unit: Unit, name: &str) -> Result<Function> {
         let mut libraries = lock(&self.libraries);
-        if !libraries.contains_key(&unit) {
-            libraries.insert(unit, self.load(unit.name(), &unit.expand())?);
+        if let std::collections::hash_map::Entry::Vacant(e) = libraries.entry(unit) {
+            e.insert(self.load(unit.name(), &unit.expand())?);
         }
         // SAFETY: every kernel's entry has this signature, and the library is never unloaded while `self` lives.
         let entry: Entry = *unsafe { libraries[&unit].get(name.as_bytes()) }.map_err(|e| problem(e.to_string()))?;

@@ -90,8 +90,8 @@ pub fn run(rung: Rung, a: &Tensor, b: &Tensor, layout: Layout, bias: Option<&Ten
         k: k as i32,
         a_transposed: (layout == Layout::Tn).into(),
         b_transposed: (layout == Layout::Nt).into(),
-        packed_a: (pitch(a) % 4 == 0).into(),
-        packed_b: (pitch(b) % 4 == 0).into(),
+        packed_a: pitch(a).is_multiple_of(4).into(),
+        packed_b: pitch(b).is_multiple_of(4).into(),
         unused: 0,
     };
     let of = |names: [&'static str; 3]| names[layout as usize];

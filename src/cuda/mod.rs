@@ -39,6 +39,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 /// Names the emulated grid to [`context`] if its value is "emulator" and the feature is built in.
 pub const BACKEND_VARIABLE: &str = "HONE_CUDA";
 
+/// Copies to the card that wait for the end of a capture.
+type Deferred = Vec<(backend::Address, Vec<u8>)>;
+
 /// A card, or the emulated grid, with what has been loaded and allocated on it.
 pub struct Context {
     backend: Box<dyn Backend>,
@@ -47,7 +50,7 @@ pub struct Context {
     tf32: AtomicBool,
     /// While a step is captured: copies to the card that have been asked for. They are constants of the step, and done once,
     /// when it is.
-    deferred: Mutex<Option<Vec<(backend::Address, Vec<u8>)>>>,
+    deferred: Mutex<Option<Deferred>>,
 }
 
 impl Context {
@@ -60,7 +63,7 @@ impl Context {
         self.backend.upload(target, bytes)
     }
 
-    fn deferred(&self) -> MutexGuard<'_, Option<Vec<(backend::Address, Vec<u8>)>>> {
+    fn deferred(&self) -> MutexGuard<'_, Option<Deferred>> {
         self.deferred.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 

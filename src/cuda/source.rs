@@ -63,13 +63,24 @@ impl Unit {
     }
 }
 
+/// Another source with its includes expanded.
+#[cfg(feature = "emulator")]
+pub(super) fn expand_includes(source: &str) -> String {
+    let mut out = String::new();
+    expand_text("source", source, &mut Vec::new(), &mut out);
+    out
+}
+
 fn expand(name: &'static str, seen: &mut Vec<&'static str>, out: &mut String) {
-    if seen.contains(&name) {
-        return;
+    if !seen.contains(&name) {
+        seen.push(name);
+        expand_text(name, text(name), seen, out);
     }
-    seen.push(name);
+}
+
+fn expand_text(name: &str, text: &str, seen: &mut Vec<&'static str>, out: &mut String) {
     out.push_str(&format!("#line 1 \"{name}\"\n"));
-    for (number, line) in text(name).lines().enumerate() {
+    for (number, line) in text.lines().enumerate() {
         if line.starts_with("#pragma once") {
             out.push('\n');
         } else if let Some(included) = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"')) {
