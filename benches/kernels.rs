@@ -3,13 +3,13 @@
 //! `cargo bench -- forward/layer3` runs some of them.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hone::Tensor;
 use hone::autograd::no_grad;
 use hone::cpu::Isa;
 use hone::cpu::conv::{self, ConvShape};
 use hone::cpu::gemm::Epilogue;
 use hone::nn::ResNet18;
 use hone::ops::{CrossEntropy, cross_entropy};
+use hone::{DType, Device, Tensor, cuda};
 use std::hint::black_box;
 
 const BATCH: usize = 8;
@@ -53,6 +53,34 @@ fn convolutions(c: &mut Criterion) {
     }
 }
 
+/// The same on a card, if there is one; each call waits for its end.
+fn convolutions_on_cuda(c: &mut Criterion) {
+    let Ok(context) = cuda::context() else { return };
+    for (precision, dtype) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+        for shape in layers() {
+            let [oh, ow] = shape.output();
+            let tensor = |dims: &[usize], dtype: DType| {
+                Tensor::full_on(Device::Cuda, dims, 0.5).and_then(|x| x.to_dtype(dtype)).unwrap()
+            };
+            let x = tensor(&[shape.n, shape.h, shape.w, shape.c], dtype);
+            let w = tensor(&[shape.o, shape.kh, shape.kw, shape.c], DType::F32);
+            let y = tensor(&[shape.n, oh, ow, shape.o], dtype);
+            let packed = cuda::conv::pack_filter(&w, &shape, dtype).unwrap();
+            let mut group = c.benchmark_group(format!("convolution-cuda-{precision}"));
+            group.sample_size(10).throughput(Throughput::Elements(2 * shape.multiply_adds() as u64));
+            let mut bench = |pass: &str, run: &dyn Fn() -> hone::Result<Tensor>| {
+                group.bench_function(BenchmarkId::new(pass, name(&shape)), |b| {
+                    b.iter(|| run().and_then(|y| context.synchronize().map(|()| y)).unwrap());
+                });
+            };
+            let epilogue = cuda::conv::Epilogue::default;
+            bench("forward", &|| cuda::conv::forward(&x, &packed, &shape, epilogue(), false).map(|(y, _)| y));
+            bench("backward_input", &|| cuda::conv::backward_input(&y, &w, &shape));
+            bench("backward_filter", &|| cuda::conv::backward_filter(&x, &y, &shape));
+        }
+    }
+}
+
 fn network(c: &mut Criterion) {
     let network = ResNet18::new(1000, 0);
     let mut group = c.benchmark_group("network");
@@ -76,5 +104,5 @@ fn network(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, convolutions, network);
+criterion_group!(benches, convolutions, convolutions_on_cuda, network);
 criterion_main!(benches);

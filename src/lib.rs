@@ -13,6 +13,7 @@
 //! - [`optim`]: the optimiser.
 //! - [`data`]: pictures from files to pixels.
 //! - [`train`]: the run itself, and the use of its result.
+//! - [`doctor`]: whether all of it computes rightly on the machine at hand.
 //! - [`cli`]: arguments and printing.
 
 pub mod autograd;
@@ -20,6 +21,7 @@ pub mod cli;
 pub mod cpu;
 pub mod cuda;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod nn;
 pub mod ops;

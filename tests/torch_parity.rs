@@ -1,14 +1,14 @@
 //! The library against PyTorch: reference values made by tests/fixtures/make_golden.py on the bundled weights.
 //!
 //! `$HONE_GOLDEN_DIR` names another folder of such values, for any number of classes and image size, and `$HONE_WEIGHTS`
-//! the weights they were made on.
+//! the weights they were made on. `$HONE_TEST_DEVICE=cuda` runs all of it on the card.
 
 use hone::nn::{Parameter, ResNet18, Stage};
 use hone::ops::{CrossEntropy, cross_entropy};
 use hone::optim::{Algorithm, Optimizer, ParamGroup};
 use hone::tensor::layout::{from_channels_first, to_channels_first};
 use hone::weights::{WeightsFile, locate_default};
-use hone::{Tensor, ops};
+use hone::{Device, Tensor, ops};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,19 @@ fn golden(name: &str) -> WeightsFile {
 
 fn weights() -> WeightsFile {
     WeightsFile::open(&locate_default(std::env::var_os("HONE_WEIGHTS")).unwrap()).unwrap()
+}
+
+fn device() -> Device {
+    match std::env::var("HONE_TEST_DEVICE").as_deref() {
+        Ok("cuda") => Device::Cuda,
+        _ => Device::Cpu,
+    }
+}
+
+/// A network on the device.
+fn placed(network: ResNet18) -> ResNet18 {
+    network.to_device(device()).unwrap();
+    network
 }
 
 /// The tensor of that name, `NCHW` turned to `NHWC`.
@@ -51,13 +64,14 @@ fn require(what: &str, error: f64, tolerance: f64) {
     assert!(error <= tolerance, "{what}: error {error:e} is more than {tolerance:e}");
 }
 
-fn require_close(what: &str, got: &[f32], want: &[f32], tolerance: f64) {
-    require(what, relative_l2(got, want), tolerance);
+fn require_close(what: &str, got: &Tensor, want: &[f32], tolerance: f64) {
+    require(what, relative_l2(&got.to_f32_vec().unwrap(), want), tolerance);
 }
 
 /// A tensor's values in PyTorch's order.
 fn torch_order(tensor: &Tensor) -> Vec<f32> {
-    if tensor.dims().len() == 4 { to_channels_first(tensor).unwrap().0 } else { tensor.to_vec() }
+    let tensor = tensor.to_device(Device::Cpu).unwrap();
+    if tensor.dims().len() == 4 { to_channels_first(&tensor).unwrap().0 } else { tensor.to_vec() }
 }
 
 /// Compares with the summary the generator makes: norm, sum, and 256 evenly strided entries.
@@ -65,7 +79,8 @@ fn require_summary(file: &WeightsFile, name: &str, tensor: &Tensor, tolerance: f
     let values = torch_order(tensor);
     let count = 256.min(values.len());
     let sample: Vec<f32> = (0..count).map(|i| values[i * values.len() / count]).collect();
-    require_close(&format!("{name} sample"), &sample, &file.f32(&format!("{name}.sample")).unwrap(), tolerance);
+    let want = file.f32(&format!("{name}.sample")).unwrap();
+    require(&format!("{name} sample"), relative_l2(&sample, &want), tolerance);
     let l2 = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
     let want = f64::from(file.f32(&format!("{name}.l2")).unwrap()[0]);
     require(&format!("{name} norm"), (l2 - want).abs() / want.max(1e-30), tolerance);
@@ -77,8 +92,8 @@ fn require_summary(file: &WeightsFile, name: &str, tensor: &Tensor, tolerance: f
 
 fn forward_case(name: &str) {
     let file = golden(name);
-    let network = ResNet18::load(&weights()).unwrap();
-    let input = tensor(&file, "input");
+    let network = placed(ResNet18::load(&weights()).unwrap());
+    let input = tensor(&file, "input").to_device(device()).unwrap();
     let mut x = input.clone();
     for (stage, label) in
         Stage::ALL.into_iter().zip(["stem.out", "layer1.out", "layer2.out", "layer3.out", "layer4.out"])
@@ -87,15 +102,15 @@ fn forward_case(name: &str) {
         require_summary(&file, label, &x, 1e-3);
     }
     let features = network.features(&input, false).unwrap();
-    require_close("features", features.as_slice(), &file.f32("features").unwrap(), 1e-4);
+    require_close("features", &features, &file.f32("features").unwrap(), 1e-4);
     let logits = network.forward(&input, false).unwrap();
-    require_close("logits", logits.as_slice(), &file.f32("logits").unwrap(), 1e-4);
+    require_close("logits", &logits, &file.f32("logits").unwrap(), 1e-4);
 
     // The unfused path, which is taken as soon as something is trained, must agree with the fused one.
     network.set_trainable(|stage| stage == Stage::Stem);
     let unfused = network.forward(&input, false).unwrap();
     assert!(unfused.requires_grad() && !logits.requires_grad());
-    require_close("unfused against fused", unfused.as_slice(), logits.as_slice(), 1e-5);
+    require_close("unfused against fused", &unfused, &logits.to_f32_vec().unwrap(), 1e-5);
 }
 
 #[test]
@@ -111,7 +126,7 @@ fn forward_odd_size() {
 /// The network with the head of the golden file.
 fn network_with_head(file: &WeightsFile) -> ResNet18 {
     let head = tensor(file, "fc.weight");
-    let network = ResNet18::load_backbone(&weights(), head.dims()[0], 0).unwrap();
+    let network = placed(ResNet18::load_backbone(&weights(), head.dims()[0], 0).unwrap());
     network.head().weight.set(head).unwrap();
     network.head().bias.set(tensor(file, "fc.bias")).unwrap();
     network
@@ -129,7 +144,7 @@ fn one_training_step() {
     network.use_batch_statistics(|_| true);
     let y = labels(&file);
     let y = Tensor::from_slice(&y, [y.len()]).unwrap();
-    let logits = network.forward(&tensor(&file, "input"), true).unwrap();
+    let logits = network.forward(&tensor(&file, "input").to_device(device()).unwrap(), true).unwrap();
     let loss = cross_entropy(&logits, &y, &CrossEntropy::default()).unwrap();
     let want = f64::from(file.f32("loss").unwrap()[0]);
     require("loss", (f64::from(loss.item().unwrap()) - want).abs(), 1e-5);
@@ -141,7 +156,7 @@ fn one_training_step() {
     for bn in Stage::ALL.iter().flat_map(|&stage| network.batch_norms(stage)) {
         for (suffix, value) in [("running_mean", &bn.running_mean), ("running_var", &bn.running_var)] {
             let name = format!("after.{}.{suffix}", bn.name());
-            require_close(&name, value.tensor().as_slice(), &file.f32(&name).unwrap(), 1e-5);
+            require_close(&name, &value.tensor(), &file.f32(&name).unwrap(), 1e-5);
         }
     }
 }
@@ -167,7 +182,7 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
         let pixels: Vec<f32> =
             order.iter().flat_map(|&i| &images.as_slice::<f32>()[i as usize * picture..][..picture]).copied().collect();
         let dims = [&[batch], &images.dims()[1..]].concat();
-        let x = Tensor::from_slice(&pixels, dims).unwrap();
+        let x = Tensor::from_slice(&pixels, dims).unwrap().to_device(device()).unwrap();
         let y: Vec<i64> = order.iter().map(|&i| labels[i as usize]).collect();
         let y = Tensor::from_slice(&y, [batch]).unwrap();
         let loss = cross_entropy(&network.forward(&x, true).unwrap(), &y, &CrossEntropy::default()).unwrap();
@@ -176,8 +191,8 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
         adam.step(&loss.backward().unwrap(), 1.0).unwrap();
     }
     let head = network.head();
-    require_close("fc.weight", head.weight.tensor().as_slice(), &file.f32("fc.weight").unwrap(), 1e-3);
-    require_close("fc.bias", head.bias.tensor().as_slice(), &file.f32("fc.bias").unwrap(), 1e-3);
+    require_close("fc.weight", &head.weight.tensor(), &file.f32("fc.weight").unwrap(), 1e-3);
+    require_close("fc.bias", &head.bias.tensor(), &file.f32("fc.bias").unwrap(), 1e-3);
     for parameter in all_parameters(&network) {
         let name = format!("param.{}", parameter.name());
         require_summary(&file, &name, &parameter.tensor(), parameter_tolerance);
@@ -223,10 +238,10 @@ fn discriminative_rates() {
 /// The features that training on a cache sees are those that the whole network computes.
 #[test]
 fn features_and_head_make_the_logits() {
-    let network = ResNet18::load(&weights()).unwrap();
-    let x = tensor(&golden("forward_odd.safetensors"), "input");
+    let network = placed(ResNet18::load(&weights()).unwrap());
+    let x = tensor(&golden("forward_odd.safetensors"), "input").to_device(device()).unwrap();
     let features = network.features(&x, false).unwrap();
     let head = network.head();
     let logits = ops::linear(&features, &head.weight.tensor(), Some(&head.bias.tensor())).unwrap();
-    assert_eq!(logits.to_vec::<f32>(), network.forward(&x, false).unwrap().to_vec::<f32>());
+    assert_eq!(logits.to_f32_vec().unwrap(), network.forward(&x, false).unwrap().to_f32_vec().unwrap());
 }

@@ -40,6 +40,8 @@ pub enum Command {
     Bench(Bench),
     /// The whole job on pictures the program draws itself
     Demo(Demo),
+    /// What this machine has, and whether every kernel computes rightly on it
+    Doctor(Doctor),
 }
 
 impl Command {
@@ -51,7 +53,7 @@ impl Command {
             Command::Features(args) => args.common.threads(),
             Command::Bench(args) => args.common.threads(),
             Command::Demo(args) => args.common.threads(),
-            Command::Inspect(_) => None,
+            Command::Inspect(_) | Command::Doctor(_) => None,
         }
     }
 }
@@ -328,6 +330,8 @@ pub enum BenchKind {
     Forward,
     /// A training step of the whole network: forward, backward, Adam
     Train,
+    /// Every convolution of the network, each pass on its own
+    Kernels,
 }
 
 #[derive(clap::Args)]
@@ -346,6 +350,13 @@ pub struct Bench {
     pub seconds: f64,
     #[command(flatten)]
     pub common: Common,
+}
+
+#[derive(clap::Args)]
+pub struct Doctor {
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(clap::Args)]

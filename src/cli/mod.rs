@@ -2,7 +2,9 @@
 
 mod args;
 mod bench;
+mod bench_kernels;
 mod demo;
+mod doctor;
 mod features;
 mod inspect;
 mod report;
@@ -25,6 +27,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => doctor::run(args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -17,6 +17,7 @@ pub mod loss;
 mod neon;
 pub mod norm;
 pub mod optim;
+pub mod peak;
 pub mod pool;
 mod portable;
 mod simd;

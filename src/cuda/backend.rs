@@ -31,6 +31,10 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> &str;
     /// Compute capability, such as (9, 0).
     fn architecture(&self) -> (u32, u32);
+    /// Whether it is no card but a program that behaves like one.
+    fn is_emulated(&self) -> bool {
+        false
+    }
     /// One line on the driver and the compiler.
     fn versions(&self) -> String;
     /// Bytes that are free, and bytes there are.

@@ -168,7 +168,10 @@ impl Engine {
             rows.div_ceil(m) * columns.div_ceil(n)
         };
         let mma = aligned && context.uses_tensor_cores(dtype);
+        // Turing has 64 KiB of shared memory, less than the large tile's sums.
+        let roomy = context.backend().architecture().0 >= 8;
         let tile = match () {
+            _ if !roomy => Tile::Small,
             _ if blocks(Tile::Large) >= FEW_BLOCKS && columns > 64 => Tile::Large,
             _ if blocks(Tile::Narrow) >= FEW_BLOCKS && mma => Tile::Narrow,
             _ => Tile::Small,
@@ -549,6 +552,7 @@ pub fn backward_filter(x: &Tensor, dy: &Tensor, shape: &ConvShape) -> Result<Ten
     let aligned = run % pack(dtype) == 0 && shape.o.is_multiple_of(pack(dtype));
     let engine = match Engine::choose(context, dtype, aligned, shape.o, columns) {
         // There are always enough blocks, since the sum is split: the tile follows the extents.
+        engine if context.backend().architecture().0 < 8 => engine,
         Engine::Mma(_) if shape.o >= 128 => Engine::Mma(Tile::Large),
         Engine::Simt(_) if shape.o >= 128 && columns >= 128 => Engine::Simt(Tile::Large),
         Engine::Mma(_) => Engine::Mma(Tile::Small),

@@ -89,6 +89,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// Whether there is a driver that knows of a card.
+pub fn card_is_present() -> bool {
+    // SAFETY: as in `open`, of which these are the first steps.
+    let loads = unsafe {
+        sys::is_culib_present()
+            && ["cuInit", "cuDeviceGetCount"].iter().all(|n| sys::culib().get::<*const c_void>(n.as_bytes()).is_ok())
+    };
+    loads && result::init().is_ok() && result::device::get_count().is_ok_and(|count| count > 0)
+}
+
 impl Driver {
     /// The first card, or why there is none.
     pub fn open() -> std::result::Result<Driver, String> {

@@ -226,6 +226,10 @@ impl Backend for Emulator {
         "emulated grid"
     }
 
+    fn is_emulated(&self) -> bool {
+        true
+    }
+
     fn architecture(&self) -> (u32, u32) {
         (8, 0)
     }

@@ -22,6 +22,7 @@ mod memory;
 pub mod norm;
 mod nvrtc;
 pub mod optim;
+pub mod peak;
 pub mod pool;
 mod source;
 
@@ -135,6 +136,16 @@ pub fn context() -> Result<&'static Context> {
         })
     });
     made.as_ref().map_err(|reason| Error::config(reason.clone(), "give --device cpu"))
+}
+
+/// Where compiled kernels are kept.
+pub fn cache_folder() -> Option<std::path::PathBuf> {
+    cache::folder()
+}
+
+/// Whether the machine has a card, be it usable or not.
+pub fn card_is_present() -> bool {
+    driver::card_is_present()
 }
 
 /// Why [`context`] would fail; `None` if it works.

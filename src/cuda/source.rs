@@ -23,6 +23,7 @@ sources!(
     "loss.cu",
     "optim.cu",
     "image.cu",
+    "peak.cu",
 );
 
 /// Convolutions.
@@ -42,8 +43,11 @@ pub const OPTIM: Unit = Unit("optim.cu");
 /// Pictures.
 pub const IMAGE: Unit = Unit("image.cu");
 
+/// Measurements of the card itself.
+pub const PEAK: Unit = Unit("peak.cu");
+
 /// All files that hold kernels.
-pub const UNITS: [Unit; 8] = [CONV, GEMM, BATCH_NORM, POOL, ELEMENTWISE, LOSS, OPTIM, IMAGE];
+pub const UNITS: [Unit; 9] = [CONV, GEMM, BATCH_NORM, POOL, ELEMENTWISE, LOSS, OPTIM, IMAGE, PEAK];
 
 fn text(name: &str) -> &'static str {
     SOURCES.iter().find(|(n, _)| *n == name).map(|(_, text)| *text).expect("every included file is embedded")

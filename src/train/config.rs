@@ -259,7 +259,7 @@ impl TrainConfig {
     }
 
     /// Groups of every stage that is ever trained, biases and norms apart from what decays.
-    pub(super) fn groups(&self, network: &ResNet18) -> Vec<ParamGroup> {
+    pub fn groups(&self, network: &ResNet18) -> Vec<ParamGroup> {
         let stages = Stage::ALL.into_iter().filter(|stage| *stage >= self.train.stage());
         stages
             .flat_map(|stage| {
@@ -272,7 +272,7 @@ impl TrainConfig {
             .collect()
     }
 
-    pub(super) fn algorithm(&self) -> Algorithm {
+    pub fn algorithm(&self) -> Algorithm {
         match self.optimizer {
             OptimizerKind::Adam | OptimizerKind::AdamW => Algorithm::ADAM,
             OptimizerKind::Sgd => Algorithm::Sgd { momentum: self.momentum, nesterov: self.nesterov },

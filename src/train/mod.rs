@@ -19,11 +19,12 @@ mod step;
 pub use config::{Balance, BnMode, CacheMode, Depth, OptimizerKind, ScheduleName, TrainConfig, Weights};
 pub use evaluate::{Evaluation, Features, Prediction, evaluate, features_of, predict};
 pub use fit::{Control, fit, resume};
-pub use inputs::Skipped;
-pub use metrics::{ClassMetrics, Confusion};
+pub use inputs::{Input, Skipped};
+pub use metrics::{ClassMetrics, Confusion, Tally};
 pub use model::Model;
 pub use placement::{Placement, Precision};
 pub use run_folder::default as default_run_folder;
+pub use step::{Diverged, Place, Trainer};
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;

@@ -2,6 +2,8 @@
 //! neither, every test skips, saying so.
 
 #[cfg(feature = "emulator")]
+mod cli;
+#[cfg(feature = "emulator")]
 mod emulator;
 mod gemm;
 mod network;

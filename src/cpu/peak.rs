@@ -1,0 +1,59 @@
+//! What this machine can do at most, measured on it: the roof under which `hone bench kernels` sees the kernels.
+
+use super::simd::{Isa, Simd, Task, dispatch};
+use rayon::prelude::*;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Chains of multiply-adds that are under way together; more than latency times ports of any core there is.
+const CHAINS: usize = 12;
+const ROUNDS: usize = 4_000_000;
+const REPEATS: usize = 5;
+/// Floats copied, well beyond every cache.
+const COPY: usize = 32 << 20;
+
+struct Chains;
+
+impl Task for Chains {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (a, b) = (black_box(simd.splat(0.999)), black_box(simd.splat(1e-3)));
+        let mut sums = [simd.splat(0.0); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = simd.mul_add(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+fn best(run: impl Fn()) -> f64 {
+    run();
+    let time = || {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    };
+    (0..REPEATS).map(|_| time()).fold(f64::INFINITY, f64::min)
+}
+
+/// f32 operations a second of all threads, multiply-adds counted as two; the best of a few runs.
+pub fn operations_per_second(isa: Isa) -> f64 {
+    let threads = rayon::current_num_threads();
+    let seconds = best(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| dispatch(isa, Chains)));
+    (2 * CHAINS * ROUNDS * isa.lanes() * threads) as f64 / seconds
+}
+
+/// Bytes a second of a copy by all threads, read and written ones counted; the best of a few.
+pub fn bytes_per_second() -> f64 {
+    let source = vec![1.0f32; COPY];
+    let target = std::sync::Mutex::new(vec![0.0f32; COPY]);
+    let seconds = best(|| {
+        let mut target = target.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        target.par_chunks_mut(1 << 20).zip(source.par_chunks(1 << 20)).for_each(|(t, s)| t.copy_from_slice(s));
+    });
+    (2 * COPY * size_of::<f32>()) as f64 / seconds
+}
