@@ -1,7 +1,7 @@
 //! The CUDA backend: kernels of `kernels/*.cu`, compiled for the card at hand, and their launches.
 //!
 //! Everything goes through one small interface, [`backend::Backend`]: load a module, allocate, copy, launch, capture,
-//! synchronise. Two things implement it: the driver ([`driver`]), and an emulated grid on the CPU ([`emulator`], behind the
+//! synchronise. Two things implement it: the driver (`driver`), and an emulated grid on the CPU (`emulator`, behind the
 //! feature of that name), so that the whole backend runs where there is no card.
 //!
 //! There is one [`Context`] in a process, made when it is first asked for. Nothing of CUDA is touched before [`probe`] has
