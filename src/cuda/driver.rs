@@ -13,7 +13,7 @@ use std::ffi::{CString, c_void};
 use std::sync::{Mutex, MutexGuard};
 
 /// Every function of the driver that is called here, by the name cudarc loads.
-const SYMBOLS: [&str; 36] = [
+const SYMBOLS: [&str; 37] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -25,6 +25,7 @@ const SYMBOLS: [&str; 36] = [
     "cuCtxGetCurrent",
     "cuStreamCreate",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
     "cuStreamBeginCapture_v2",
     "cuStreamEndCapture",
     "cuGraphInstantiateWithFlags",
@@ -52,9 +53,11 @@ const SYMBOLS: [&str; 36] = [
     "cuGetErrorString",
 ];
 
-/// Copies to the card go through page-locked blocks of this size, in turn, so that they need not be waited for.
+/// Copies to the card go through pairs of blocks of this size, one page-locked, one on the card, in turn: the way there has
+/// a stream of its own, so that the next batch travels while this one is computed, and only the copy from the block on the
+/// card to its place waits for that.
 const STAGING_BYTES: usize = 8 << 20;
-const STAGING_BLOCKS: usize = 4;
+const STAGING_BLOCKS: usize = 16;
 
 /// A card.
 pub struct Driver {
@@ -63,6 +66,8 @@ pub struct Driver {
     version: i32,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// On which data comes to the card.
+    arrivals: sys::CUstream,
     compiler: Result<Nvrtc, String>,
     modules: Mutex<HashMap<Unit, usize>>,
     staging: Mutex<Staging>,
@@ -74,11 +79,23 @@ unsafe impl Send for Driver {}
 // SAFETY: as above.
 unsafe impl Sync for Driver {}
 
-/// Page-locked blocks with the event after which each is free again.
+/// The ring of blocks on the way to the card.
 #[derive(Default)]
 struct Staging {
-    blocks: Vec<(*mut u8, sys::CUevent)>,
+    blocks: Vec<StagingBlock>,
     next: usize,
+}
+
+#[derive(Clone, Copy)]
+struct StagingBlock {
+    /// Page-locked.
+    host: *mut u8,
+    /// On the card.
+    device: Address,
+    /// After which the card has the data.
+    arrived: sys::CUevent,
+    /// After which the pair is free again.
+    placed: sys::CUevent,
 }
 
 fn failed(action: &'static str) -> impl FnOnce(result::DriverError) -> Error {
@@ -121,7 +138,7 @@ impl Driver {
         let name = result::device::get_name(device).map_err(reason("naming the card"))?;
         use sys::CUdevice_attribute as Attribute;
         // SAFETY: `device` comes from the driver, and the context is made current before the stream is created in it.
-        let (major, minor, context, stream) = unsafe {
+        let (major, minor, context, stream, arrivals) = unsafe {
             let attribute = |which| result::device::get_attribute(device, which).map_err(reason("asking the card"));
             let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -129,7 +146,9 @@ impl Driver {
             result::ctx::set_current(context).map_err(reason("making a context on the card"))?;
             let kind = result::stream::StreamKind::NonBlocking;
             let stream = result::stream::create(kind).map_err(reason("making a stream"))?;
-            (major, minor, context, stream)
+            let kind = result::stream::StreamKind::NonBlocking;
+            let arrivals = result::stream::create(kind).map_err(reason("making a stream"))?;
+            (major, minor, context, stream, arrivals)
         };
         if (major, minor) < (7, 5) {
             return Err(format!("{name} has compute capability {major}.{minor}; 7.5 or more is needed"));
@@ -147,6 +166,7 @@ impl Driver {
             version,
             context,
             stream,
+            arrivals,
             compiler: compiler.map_err(|e| e.to_string()),
             modules: Mutex::default(),
             staging: Mutex::default(),
@@ -179,6 +199,17 @@ impl Driver {
         let module = module.map_err(failed("loading kernels"))?;
         modules.insert(unit, module as usize);
         Ok(module)
+    }
+
+    /// Kept until the process ends.
+    fn staging_block() -> Result<StagingBlock> {
+        // SAFETY: plain memory, written before it is read.
+        let (host, device) = unsafe {
+            let host = result::malloc_host(STAGING_BYTES, 0).map_err(failed("locking memory"))?;
+            (host.cast(), result::malloc_sync(STAGING_BYTES).map_err(failed("allocating memory"))?)
+        };
+        let event = || Self::event(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(StagingBlock { host, device, arrived: event()?, placed: event()? })
     }
 
     fn event(flags: sys::CUevent_flags) -> Result<sys::CUevent> {
@@ -271,24 +302,25 @@ impl Backend for Driver {
         self.current()?;
         let mut staging = lock(&self.staging);
         for (i, chunk) in bytes.chunks(STAGING_BYTES).enumerate() {
-            if staging.blocks.len() < STAGING_BLOCKS {
-                // SAFETY: plain page-locked memory, kept until the process ends.
-                let block = unsafe { result::malloc_host(STAGING_BYTES, 0) }.map_err(failed("locking memory"))?;
-                let event = Self::event(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-                staging.blocks.push((block.cast(), event));
+            if staging.blocks.len() < STAGING_BLOCKS && staging.next == staging.blocks.len() {
+                staging.blocks.push(Self::staging_block()?);
             }
-            let at = staging.next % staging.blocks.len();
+            let StagingBlock { host, device, arrived, placed } = staging.blocks[staging.next % STAGING_BLOCKS];
             staging.next += 1;
-            let (block, event) = staging.blocks[at];
-            // SAFETY: the event says that the copy which used the block before is done; the block holds STAGING_BYTES, of
-            // which the chunk takes no more; the copy is queued before the block is used again.
+            let target = target + (i * STAGING_BYTES) as u64;
+            // SAFETY: `placed` says that what went through the pair before has left it; either block holds STAGING_BYTES, of
+            // which the chunk takes no more; the copy to its place is queued behind the event of its arrival.
             unsafe {
-                result::event::synchronize(event).map_err(failed("waiting for a copy"))?;
-                std::ptr::copy_nonoverlapping(chunk.as_ptr(), block, chunk.len());
-                let source = std::slice::from_raw_parts(block, chunk.len());
-                let target = target + (i * STAGING_BYTES) as u64;
-                result::memcpy_htod_async(target, source, self.stream).map_err(failed("copying to the card"))?;
-                result::event::record(event, self.stream).map_err(failed("copying to the card"))?;
+                result::event::synchronize(placed).map_err(failed("waiting for a copy"))?;
+                std::ptr::copy_nonoverlapping(chunk.as_ptr(), host, chunk.len());
+                let source = std::slice::from_raw_parts(host, chunk.len());
+                result::memcpy_htod_async(device, source, self.arrivals).map_err(failed("copying to the card"))?;
+                result::event::record(arrived, self.arrivals).map_err(failed("copying to the card"))?;
+                let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+                result::stream::wait_event(self.stream, arrived, flags).map_err(failed("copying to the card"))?;
+                result::memcpy_dtod_async(target, device, chunk.len(), self.stream)
+                    .map_err(failed("copying to the card"))?;
+                result::event::record(placed, self.stream).map_err(failed("copying to the card"))?;
             }
         }
         Ok(())
