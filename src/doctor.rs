@@ -77,23 +77,22 @@ const CASES: [(&str, [usize; 8]); 5] = [
 
 /// The CPU's kernels.
 pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
-    for (name, [n, h, w, c, o, k, stride, padding]) in CASES {
-        let (x, filter) = (random(&[n, h, w, c], 1), random(&[o, k, k, c], 2));
-        let params = Conv2dParams::new(stride, padding);
-        let want = convolve(&x, &filter, stride, padding);
-        let got = ops::conv2d(&x, &filter, None, params)?;
-        tell(Check {
-            name: format!("cpu conv {name}"),
-            error: relative(got.as_slice(), want.iter().copied()),
-            tolerance: 1e-6,
-        });
-        let fused = FusedConv2d::new(&filter, &vec![1.0; o], &vec![0.0; o], params)?;
-        let got = ops::fused_conv2d(&x, &fused, None, false)?;
-        tell(Check {
-            name: format!("cpu fused conv {name}"),
-            error: relative(got.as_slice(), want.iter().copied()),
-            tolerance: 1e-5,
-        });
+    let precisions = [("f32", DType::F32, [1e-6, 1e-5]), ("bf16", DType::BF16, [4e-3, 8e-3])];
+    for (precision, dtype, [tolerance, fused_tolerance]) in precisions {
+        for (name, [n, h, w, c, o, k, stride, padding]) in CASES {
+            let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
+            let (x, filter) = (rounded(random(&[n, h, w, c], 1))?, rounded(random(&[o, k, k, c], 2))?);
+            let params = Conv2dParams::new(stride, padding);
+            let want = convolve(&x, &filter, stride, padding);
+            let x = x.to_dtype(dtype)?;
+            let got = ops::conv2d(&x, &filter, None, params)?.to_f32_vec()?;
+            let error = relative(&got, want.iter().copied());
+            tell(Check { name: format!("cpu {precision} conv {name}"), error, tolerance });
+            let fused = FusedConv2d::new(&filter, &vec![1.0; o], &vec![0.0; o], params, dtype)?;
+            let got = ops::fused_conv2d(&x, &fused, None, false)?.to_f32_vec()?;
+            let error = relative(&got, want.iter().copied());
+            tell(Check { name: format!("cpu {precision} fused conv {name}"), error, tolerance: fused_tolerance });
+        }
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What a backward pass returns.
 
 use crate::error::Result;
-use crate::tensor::{Device, Tensor, TensorId};
+use crate::tensor::{Device, Tensor, TensorId, with_float};
 use crate::{cpu, cuda};
 use std::collections::HashMap;
 
@@ -55,7 +55,7 @@ impl Gradients {
         if factor < 1.0 {
             for id in ids {
                 if let Some(gradient) = self.0.remove(&id) {
-                    let scaled = gradient.map_in_place(|g| cpu::elementwise::scale(g, factor as f32));
+                    let scaled = gradient.map_in_place(|g| cpu::elementwise::scale::<f32>(g, factor as f32));
                     self.0.insert(id, scaled);
                 }
             }
@@ -91,7 +91,9 @@ impl Gradients {
 /// `a + b`, in the memory of `a` if nothing else shares it.
 pub(super) fn sum(a: Tensor, b: &Tensor) -> Result<Tensor> {
     match a.device() {
-        Device::Cpu => Ok(a.map_in_place(|a| cpu::elementwise::add_assign(a, b.as_slice()))),
+        Device::Cpu => Ok(with_float!(a.dtype(), T => {
+            a.map_in_place(|a| cpu::elementwise::add_assign::<T>(a, b.as_slice()))
+        })),
         Device::Cuda if a.is_unique() => cuda::elementwise::add_assign(&a, b).map(|()| a),
         Device::Cuda => cuda::elementwise::add(&a, b),
     }

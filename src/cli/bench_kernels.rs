@@ -8,7 +8,7 @@ use crate::cpu::{self, Isa};
 use crate::cuda;
 use crate::error::Result;
 use crate::nn::ResNet18;
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Device, Tensor, with_float};
 use crate::train::{Placement, Precision};
 use serde_json::json;
 use std::time::Instant;
@@ -30,7 +30,7 @@ impl Roof {
     fn measure(placement: Placement) -> Result<Roof> {
         if placement.device == Device::Cpu {
             return Ok(Roof {
-                operations: cpu::peak::operations_per_second(Isa::current()),
+                operations: with_float!(placement.dtype(), T => cpu::peak::operations_per_second::<T>(Isa::current())),
                 bytes: cpu::peak::bytes_per_second(),
             });
         }
@@ -84,10 +84,10 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
     let [x, w, y] = tensors;
     let mut passes: Vec<Pass> = Vec::new();
     match device {
-        Device::Cpu => {
+        Device::Cpu => with_float!(x.dtype(), T => {
             let isa = Isa::current();
-            let packed = conv::pack_filter(isa, w.as_slice(), shape);
-            let mut out = y.to_vec::<f32>();
+            let packed = conv::pack_filter::<T>(isa, w.as_slice(), shape);
+            let mut out = y.to_vec::<T>();
             passes.push((
                 "forward",
                 Box::new(move || {
@@ -96,7 +96,7 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
                 }),
             ));
             if !first {
-                let mut dx = x.to_vec::<f32>();
+                let mut dx = x.to_vec::<T>();
                 passes.push((
                     "dgrad",
                     Box::new(move || {
@@ -109,11 +109,11 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
             passes.push((
                 "wgrad",
                 Box::new(move || {
-                    conv::backward_filter(isa, x.as_slice(), y.as_slice(), shape, &mut dw);
+                    conv::backward_filter::<T>(isa, x.as_slice(), y.as_slice(), shape, &mut dw);
                     Ok(())
                 }),
             ));
-        }
+        }),
         Device::Cuda => {
             let packed = cuda::conv::pack_filter(w, shape, x.dtype())?;
             passes.push((

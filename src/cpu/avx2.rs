@@ -1,6 +1,7 @@
 //! AVX2 with FMA: 16 registers of 8 f32. A 6x16 tile takes 12 accumulators, 2 columns of B and one broadcast.
 
 use super::simd::{Simd, Task};
+use half::bf16;
 use std::arch::x86_64::*;
 
 /// Proof that AVX2 and FMA are there.
@@ -60,5 +61,37 @@ unsafe impl Simd for Avx2 {
         // The second operand is what the instruction returns when either is NaN.
         // SAFETY: `self` proves the feature.
         unsafe { _mm256_max_ps(_mm256_setzero_ps(), v) }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            let high = |v| _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(-1 << 16)));
+            let low = |v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(v)));
+            _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), c))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
+        // SAFETY: `self` proves the feature; the caller vouches for `p`.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m256) {
+        // SAFETY: `self` proves the feature; the caller vouches for `p`.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let chosen = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            // Packs within halves of 128 bits; the low quarters of both halves belong together.
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(chosen, chosen));
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(packed));
+        }
     }
 }

@@ -1,26 +1,39 @@
 //! AVX-512: 32 registers of 16 f32. A 6x64 tile takes 24 accumulators, 4 columns of B and one broadcast.
 
 use super::simd::{Simd, Task};
+use half::bf16;
 use std::arch::x86_64::*;
 
-/// Proof that AVX-512 F, BW, DQ, VL, AVX2 and FMA are there.
+/// Proof that AVX-512 F, BW, DQ, VL, AVX2 and FMA are there, and if `BF16` products of bf16 pairs.
 #[derive(Clone, Copy)]
-pub struct Avx512(());
+pub struct Avx512<const BF16: bool>(());
 
 /// Runs `task` with AVX-512; the caller has checked that the machine has it.
 #[inline]
 pub(super) fn run<T: Task>(task: T) -> T::Output {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     fn inner<T: Task>(task: T) -> T::Output {
-        task.run(Avx512(()))
+        task.run(Avx512::<false>(()))
     }
     debug_assert!(super::Isa::Avx512.is_supported());
     // SAFETY: `dispatch`, the only caller, has checked the features.
     unsafe { inner(task) }
 }
 
-// SAFETY: values are made in `run` alone, where the features have been checked.
-unsafe impl Simd for Avx512 {
+/// Runs `task` with AVX-512 and its bf16 instructions; the caller has checked that the machine has them.
+#[inline]
+pub(super) fn run_bf16<T: Task>(task: T) -> T::Output {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+    fn inner<T: Task>(task: T) -> T::Output {
+        task.run(Avx512::<true>(()))
+    }
+    debug_assert!(super::Isa::Avx512Bf16.is_supported());
+    // SAFETY: `dispatch`, the only caller, has checked the features.
+    unsafe { inner(task) }
+}
+
+// SAFETY: values are made in `run` and `run_bf16` alone, where the features have been checked.
+unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = __m512;
     const LANES: usize = 16;
     const VECTORS: usize = 4;
@@ -60,5 +73,46 @@ unsafe impl Simd for Avx512 {
         // The second operand is what the instruction returns when either is NaN.
         // SAFETY: `self` proves the feature.
         unsafe { _mm512_max_ps(_mm512_setzero_ps(), v) }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features; the vectors are taken for what they hold, pairs of bf16.
+        unsafe {
+            if BF16 {
+                return _mm512_dpbf16_ps(
+                    c,
+                    std::mem::transmute::<__m512, __m512bh>(a),
+                    std::mem::transmute::<__m512, __m512bh>(b),
+                );
+            }
+            let high = |v| _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-1 << 16)));
+            let low = |v| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(v)));
+            _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), c))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: `self` proves the feature; the caller vouches for `p`.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
+        // SAFETY: `self` proves the features; the caller vouches for `p`.
+        unsafe {
+            if BF16 {
+                let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+                return _mm256_storeu_si256(p.cast(), rounded);
+            }
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen)));
+        }
     }
 }

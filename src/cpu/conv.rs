@@ -1,11 +1,13 @@
 //! Convolution: forward, gradient to the input, gradient to the filter, each as a product over an implicit matrix.
 
+use super::float::Float;
 use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Below this many input channels the taps of a filter's row are merged into one run over a padded copy of the input:
 /// runs of three floats would leave the micro-kernel mostly overhead.
@@ -54,16 +56,16 @@ impl ConvShape {
         self.c < FEW_CHANNELS && self.kw > 1
     }
 
-    /// The patches that outputs see, as rows.
-    fn patches(&self) -> Gather {
+    /// The patches that outputs see, as rows, of pixels of `pixel` values.
+    fn patches(&self, pixel: usize) -> Gather {
         let (output, [ph, pw]) = (self.output(), self.padding.map(|p| p as isize));
         let taps = (0..self.kh as isize).flat_map(|y| (0..self.kw as isize).map(move |x| [y - ph, x - pw]));
         Gather {
             images: self.n,
             grid: output,
             source: [self.h, self.w],
-            pixel: self.c,
-            run: self.c,
+            pixel,
+            run: pixel,
             step: self.stride,
             taps: taps.collect(),
             target: output,
@@ -73,24 +75,35 @@ impl ConvShape {
     }
 
     /// The same rows over the input padded by [`pad`], with one run for each row of the filter.
-    fn merged_patches(&self) -> Gather {
+    fn merged_patches(&self, run: usize) -> Gather {
         Gather {
-            source: [self.h + 2 * self.padding[0], self.w + 2 * self.padding[1]],
-            run: self.kw * self.c,
+            source: [self.h + 2 * self.padding[0], self.padded_columns(run)],
+            run,
             taps: (0..self.kh as isize).map(|y| [y, 0]).collect(),
-            ..self.patches()
+            ..self.patches(self.c)
         }
+    }
+
+    /// Columns of the padded input that runs of `run` values end in.
+    fn padded_columns(&self, run: usize) -> usize {
+        self.w + 2 * self.padding[1] + run.div_ceil(self.c) - self.kw
+    }
+
+    /// Values of a tap, or of a row of merged ones, in whole words.
+    fn run<T: Float>(&self) -> usize {
+        let run = if self.merges_taps() { self.kw * self.c } else { self.c };
+        run.next_multiple_of(T::PER_WORD)
     }
 }
 
-/// A copy of `x` with its padding written out.
-fn pad(x: &[f32], shape: &ConvShape) -> Scratch<f32> {
+/// A copy of `x` with its padding written out, for runs of `run` values.
+fn pad<T: Float>(x: &[T], shape: &ConvShape, run: usize) -> Scratch<T> {
     let [ph, pw] = shape.padding;
-    let (row, padded_row) = (shape.w * shape.c, (shape.w + 2 * pw) * shape.c);
+    let (row, padded_row) = (shape.w * shape.c, shape.padded_columns(run) * shape.c);
     let padded_h = shape.h + 2 * ph;
-    let mut out = Scratch::<f32>::take(shape.n * padded_h * padded_row);
+    let mut out = Scratch::<T>::take(shape.n * padded_h * padded_row);
     out.par_chunks_mut(padded_h * padded_row).zip(x.par_chunks(shape.h * row)).for_each(|(out, x)| {
-        out.fill(0.0);
+        out.fill(T::default());
         for (out, x) in out.chunks_exact_mut(padded_row).skip(ph).zip(x.chunks_exact(row)) {
             out[pw * shape.c..][..row].copy_from_slice(x);
         }
@@ -98,38 +111,55 @@ fn pad(x: &[f32], shape: &ConvShape) -> Scratch<f32> {
     out
 }
 
+/// `x` with whole words a pixel: itself, or a copy in which a zero fills the last word.
+fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
+    let padded = channels.next_multiple_of(T::PER_WORD);
+    if padded == channels {
+        return Cow::Borrowed(x);
+    }
+    let mut out = vec![T::default(); x.len() / channels * padded];
+    for (out, x) in out.chunks_exact_mut(padded).zip(x.chunks_exact(channels)) {
+        out[..channels].copy_from_slice(x);
+    }
+    Cow::Owned(out)
+}
+
 /// Filters `[o, kh, kw, c]` packed for [`forward`].
-pub fn pack_filter(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB {
-    PackedB::from_columns(isa, filter, shape.kh * shape.kw * shape.c, shape.o)
+pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB<T> {
+    let run = if shape.merges_taps() { shape.kw * shape.c } else { shape.c };
+    PackedB::from_columns(isa, filter, shape.kh * shape.kw * shape.c, shape.o, run)
 }
 
 /// `y = epilogue(conv(x, filter))`.
-pub fn forward(x: &[f32], filter: &PackedB, shape: &ConvShape, epilogue: Epilogue, y: &mut [f32]) {
+pub fn forward<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+    let run = shape.run::<T>();
     if shape.merges_taps() {
-        multiply(&pad(x, shape), &shape.merged_patches(), filter, y, epilogue);
+        multiply(&pad(x, shape, run), &shape.merged_patches(run), filter, y, epilogue);
     } else {
-        multiply(x, &shape.patches(), filter, y, epilogue);
+        multiply(&whole_words(x, shape.c), &shape.patches(run), filter, y, epilogue);
     }
 }
 
 /// Gradient to the input. Input positions that agree modulo the stride see the same taps of the filter: each such class is
 /// a convolution of `dy` with stride one, so a stride wastes no work on taps that fall between outputs.
-pub fn backward_input(isa: Isa, dy: &[f32], filter: &[f32], shape: &ConvShape, dx: &mut [f32]) {
-    let classes = stride_classes(shape);
+pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+    let classes = stride_classes(shape, shape.o.next_multiple_of(T::PER_WORD));
+    let dy = whole_words(dy, shape.o);
     if classes.iter().any(|(taps, _)| taps.is_empty()) {
-        dx.fill(0.0);
+        dx.fill(T::default());
     }
     for (taps, gather) in classes.iter().filter(|(taps, gather)| !taps.is_empty() && gather.rows() > 0) {
         // Row (tap, o) of the packed matrix is the filter's run of input channels at [o][tap].
         let tap_count = shape.kh * shape.kw;
         let start = |k: usize| ((k % shape.o) * tap_count + taps[k / shape.o]) * shape.c;
-        let packed = PackedB::from_rows(isa, filter, taps.len() * shape.o, shape.c, start);
-        multiply(dy, gather, &packed, dx, Epilogue::default());
+        let packed = PackedB::from_rows(isa, filter, taps.len() * shape.o, shape.c, shape.o, start);
+        multiply(&dy, gather, &packed, dx, Epilogue::default());
     }
 }
 
-/// For every residue of an input position modulo the stride, the taps that reach it and where they read `dy`.
-fn stride_classes(shape: &ConvShape) -> Vec<(Vec<usize>, Gather)> {
+/// For every residue of an input position modulo the stride, the taps that reach it and where they read `dy`,
+/// of `pixel` values a pixel.
+fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> {
     let output = shape.output();
     let ([sh, sw], [ph, pw]) = (shape.stride, shape.padding);
     let mut classes = Vec::with_capacity(sh * sw);
@@ -148,8 +178,8 @@ fn stride_classes(shape: &ConvShape) -> Vec<(Vec<usize>, Gather)> {
             images: shape.n,
             grid: [(shape.h + sh - 1 - ry) / sh, (shape.w + sw - 1 - rx) / sw],
             source: output,
-            pixel: shape.o,
-            run: shape.o,
+            pixel,
+            run: pixel,
             step: [1, 1],
             taps: displacements,
             target: [shape.h, shape.w],
@@ -162,11 +192,12 @@ fn stride_classes(shape: &ConvShape) -> Vec<(Vec<usize>, Gather)> {
 }
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
-pub fn backward_filter(isa: Isa, x: &[f32], dy: &[f32], shape: &ConvShape, dfilter: &mut [f32]) {
+pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     if shape.merges_taps() {
-        let padded = pad(x, shape);
-        multiply_transposed(isa, &padded, &shape.merged_patches(), dy, shape.o, dfilter, Order::ColumnMajor);
+        let run = shape.kw * shape.c;
+        let padded = pad(x, shape, run);
+        multiply_transposed(isa, &padded, &shape.merged_patches(run), dy, shape.o, dfilter, Order::ColumnMajor);
     } else {
-        multiply_transposed(isa, x, &shape.patches(), dy, shape.o, dfilter, Order::ColumnMajor);
+        multiply_transposed(isa, x, &shape.patches(shape.c), dy, shape.o, dfilter, Order::ColumnMajor);
     }
 }

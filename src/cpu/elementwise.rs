@@ -1,5 +1,6 @@
 //! Elementwise maps and full reductions.
 
+use super::float::Float;
 use super::simd::vectorised;
 use rayon::prelude::*;
 
@@ -7,30 +8,36 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 15;
 
 /// `y = relu(x)`; NaN stays NaN.
-pub fn relu(x: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| relu_chunk(x, y));
+pub fn relu<T: Float>(x: &[T], y: &mut [T]) {
+    y.par_chunks_mut(T::CHUNK)
+        .zip(x.par_chunks(T::CHUNK))
+        .for_each(|(y, x)| T::read(x, |x| T::write(y, |y| relu_chunk(x, y))));
 }
 
 /// `dy *= (y > 0)`, where `y` is what [`relu`] gave.
-pub fn relu_backward(y: &[f32], dy: &mut [f32]) {
-    dy.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(dy, y)| relu_backward_chunk(y, dy));
+pub fn relu_backward<T: Float>(y: &[T], dy: &mut [T]) {
+    dy.par_chunks_mut(T::CHUNK)
+        .zip(y.par_chunks(T::CHUNK))
+        .for_each(|(dy, y)| T::read(y, |y| T::update(dy, |dy| relu_backward_chunk(y, dy))));
 }
 
 /// `c = a + b`.
-pub fn add(a: &[f32], b: &[f32], c: &mut [f32]) {
-    c.par_chunks_mut(CHUNK)
-        .zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)))
-        .for_each(|(c, (a, b))| add_chunk(a, b, c));
+pub fn add<T: Float>(a: &[T], b: &[T], c: &mut [T]) {
+    c.par_chunks_mut(T::CHUNK)
+        .zip(a.par_chunks(T::CHUNK).zip(b.par_chunks(T::CHUNK)))
+        .for_each(|(c, (a, b))| T::read(a, |a| T::read(b, |b| T::write(c, |c| add_chunk(a, b, c)))));
 }
 
 /// `a += b`.
-pub fn add_assign(a: &mut [f32], b: &[f32]) {
-    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| add_assign_chunk(a, b));
+pub fn add_assign<T: Float>(a: &mut [T], b: &[T]) {
+    a.par_chunks_mut(T::CHUNK)
+        .zip(b.par_chunks(T::CHUNK))
+        .for_each(|(a, b)| T::read(b, |b| T::update(a, |a| add_assign_chunk(a, b))));
 }
 
 /// `x *= factor`.
-pub fn scale(x: &mut [f32], factor: f32) {
-    x.par_chunks_mut(CHUNK).for_each(|x| scale_chunk(x, factor));
+pub fn scale<T: Float>(x: &mut [T], factor: f32) {
+    x.par_chunks_mut(T::CHUNK).for_each(|x| T::update(x, |x| scale_chunk(x, factor)));
 }
 
 /// Sum of all elements, in f64: pieces in parallel, then the pieces in order.

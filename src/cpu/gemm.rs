@@ -6,7 +6,10 @@
 //! order, and a row is read through one pointer for each tap (the "indirection buffer" of Dukhan, "The indirect
 //! convolution algorithm", 2019). Every element of C is computed by the same sequence of operations wherever it lies and
 //! however the work is split, so the result depends neither on the threads nor on the other rows of the batch.
+//!
+//! Depth is counted in words of 32 bits: an f32, or a pair of bf16 ([`Float`]).
 
+use super::float::Float;
 use super::gather::{Gather, PADDING};
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -15,66 +18,95 @@ use std::ops::Range;
 
 /// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
 pub(super) const TILE_ROWS: usize = 6;
-/// Rows of a block of B: 128 rows of 64 columns fill 32 KiB of L1.
+/// Words of a block's depth: 128 rows of 64 columns fill 32 KiB of L1.
 const DEPTH: usize = 128;
 /// Rows of C that a task computes, unless there are too few tasks then.
 const BLOCK_ROWS: usize = 192;
 /// Fewer row blocks than this, and the panels become tasks of their own.
 const FEW_BLOCKS: usize = 16;
+/// Rows of B that are packed together, so that what they write stays in L1.
+const PACK_ROWS: usize = 64;
 
 /// What a padded tap reads.
 static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
 
-/// The right side of a product, `[depth, columns]`, packed in panels: `[panel][depth][tile columns]`, zero-padded.
-pub struct PackedB {
+/// The right side of a product, `[depth, columns]`, packed in panels: `[panel][word][tile columns][value of the word]`,
+/// zero-padded.
+pub struct PackedB<T = f32> {
     isa: Isa,
+    /// In values, a multiple of a word's.
     depth: usize,
     columns: usize,
-    panels: Scratch<f32>,
+    panels: Scratch<T>,
 }
 
-impl PackedB {
-    /// Packs the matrix whose element at `(row, column)` is `at(row, column)`.
-    fn pack(isa: Isa, depth: usize, columns: usize, copy: impl Fn(Range<usize>, usize, &mut [f32]) + Sync) -> Self {
+/// A run of `run` values of the depth, in whole words.
+fn padded_run<T: Float>(run: usize) -> usize {
+    run.next_multiple_of(T::PER_WORD)
+}
+
+impl<T: Float> PackedB<T> {
+    /// `copy(columns, width, out)` fills the panel of some columns.
+    fn pack(isa: Isa, depth: usize, columns: usize, copy: impl Fn(Range<usize>, usize, &mut [T]) + Sync) -> Self {
         let width = isa.tile_columns();
-        let count = columns.div_ceil(width);
-        let mut panels = Scratch::take(count * depth * width);
+        let mut panels = Scratch::take(columns.div_ceil(width) * depth * width);
         if depth > 0 {
             panels.par_chunks_mut(depth * width).enumerate().for_each(|(panel, out)| {
-                let columns = panel * width..columns.min((panel + 1) * width);
-                copy(columns, width, out);
+                copy(panel * width..columns.min((panel + 1) * width), width, out);
             });
         }
         PackedB { isa, depth, columns, panels }
     }
 
-    /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`.
-    pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize) -> Self {
-        assert_eq!(b.len(), depth * columns);
-        Self::pack(isa, depth, columns, |range, width, out| {
-            let used = range.len();
-            for (i, column) in range.enumerate() {
-                for (k, &value) in b[column * depth..][..depth].iter().enumerate() {
-                    out[k * width + i] = value;
+    /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`. The
+    /// depth consists of runs of `run` values, each of which begins with a new word.
+    pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize, run: usize) -> Self {
+        assert!(b.len() == depth * columns && depth.is_multiple_of(run.max(1)));
+        let padded = padded_run::<T>(run);
+        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
+            if padded != run || range.len() < width {
+                out.fill(T::default());
+            }
+            for start in (0..depth).step_by(PACK_ROWS) {
+                for (i, column) in range.clone().enumerate() {
+                    let values = &b[column * depth..][start..depth.min(start + PACK_ROWS)];
+                    for (k, &value) in (start..).zip(values) {
+                        let k = if padded == run { k } else { k / run * padded + k % run };
+                        out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = T::from_f32(value);
+                    }
                 }
             }
-            out.chunks_exact_mut(width).for_each(|row| row[used..].fill(0.0));
         })
     }
 
-    /// From rows of `columns` contiguous values; row `k` begins at `start(k)` in `b`.
-    pub fn from_rows(isa: Isa, b: &[f32], depth: usize, columns: usize, start: impl Fn(usize) -> usize + Sync) -> Self {
-        Self::pack(isa, depth, columns, |range, width, out| {
-            for (k, row) in out.chunks_exact_mut(width).enumerate() {
-                let source = &b[start(k)..][..columns];
-                row[..range.len()].copy_from_slice(&source[range.clone()]);
-                row[range.len()..].fill(0.0);
+    /// From rows of `columns` contiguous values, in runs of `run`; row `k` begins at `start(k)` in `b`.
+    pub fn from_rows(
+        isa: Isa,
+        b: &[f32],
+        depth: usize,
+        columns: usize,
+        run: usize,
+        start: impl Fn(usize) -> usize + Sync,
+    ) -> Self {
+        assert!(depth.is_multiple_of(run.max(1)));
+        let padded = padded_run::<T>(run);
+        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
+            if padded != run || range.len() < width {
+                out.fill(T::default());
+            }
+            for k in 0..depth {
+                let row = &b[start(k)..][..columns][range.clone()];
+                let k = k / run * padded + k % run;
+                let out = &mut out[k / T::PER_WORD * width * T::PER_WORD..][..width * T::PER_WORD];
+                for (out, &value) in out[k % T::PER_WORD..].iter_mut().step_by(T::PER_WORD).zip(row) {
+                    *out = T::from_f32(value);
+                }
             }
         })
     }
 
-    /// The rows of a panel, `[depth, tile columns]`.
-    pub(super) fn panel(&self, panel: usize) -> &[f32] {
+    /// The rows of a panel, `[depth in words][tile columns]`.
+    pub(super) fn panel(&self, panel: usize) -> &[T] {
         let len = self.depth * self.isa.tile_columns();
         &self.panels[panel * len..][..len]
     }
@@ -86,21 +118,28 @@ impl PackedB {
 }
 
 /// What happens to a finished element of C: `relu(c + bias[column] + residual)`.
-#[derive(Clone, Copy, Default)]
-pub struct Epilogue<'a> {
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a, T = f32> {
     /// One value for each column.
     pub bias: Option<&'a [f32]>,
     /// As C.
-    pub residual: Option<&'a [f32]>,
+    pub residual: Option<&'a [T]>,
     /// Whether negative results become zero.
     pub relu: bool,
 }
 
+impl<T> Default for Epilogue<'_, T> {
+    fn default() -> Self {
+        Epilogue { bias: None, residual: None, relu: false }
+    }
+}
+
 /// `target rows of c = epilogue(rows of a through gather, times b)`. `c` is `[target rows, columns]`; rows that the gather
-/// does not name are left alone.
-pub fn multiply(a: &[f32], gather: &Gather, b: &PackedB, c: &mut [f32], epilogue: Epilogue) {
+/// does not name are left alone. Runs of the gather are whole words.
+pub fn multiply<T: Float>(a: &[T], gather: &Gather, b: &PackedB<T>, c: &mut [T], epilogue: Epilogue<T>) {
     gather.check(a.len(), c.len() / b.columns.max(1));
     assert_eq!(gather.depth(), b.depth, "inner extents agree");
+    assert!(gather.run.is_multiple_of(T::PER_WORD), "runs are whole words");
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == b.columns), "one bias a column");
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == c.len()), "the residual is shaped as the result");
     let rows = gather.rows();
@@ -123,28 +162,28 @@ pub fn multiply(a: &[f32], gather: &Gather, b: &PackedB, c: &mut [f32], epilogue
 }
 
 /// The result, shared by tasks that write disjoint parts of it.
-pub(super) struct Output(*mut f32);
+pub(super) struct Output<T>(*mut T);
 // SAFETY: each task of a product or a convolution writes its own rows and panels alone.
-unsafe impl Sync for Output {}
+unsafe impl<T> Sync for Output<T> {}
 
-impl Output {
+impl<T> Output<T> {
     /// The tasks must be over before `result` is used again.
-    pub(super) fn new(result: &mut [f32]) -> Self {
+    pub(super) fn new(result: &mut [T]) -> Self {
         Output(result.as_mut_ptr())
     }
 
-    pub(super) fn pointer(&self) -> *mut f32 {
+    pub(super) fn pointer(&self) -> *mut T {
         self.0
     }
 }
 
 /// Some rows and some panels of a product.
-struct Block<'a> {
-    a: &'a [f32],
+struct Block<'a, T> {
+    a: &'a [T],
     gather: &'a Gather,
-    b: &'a PackedB,
-    c: &'a Output,
-    epilogue: Epilogue<'a>,
+    b: &'a PackedB<T>,
+    c: &'a Output<T>,
+    epilogue: Epilogue<'a, T>,
     rows: Range<usize>,
     panels: Range<usize>,
 }
@@ -153,27 +192,25 @@ struct Block<'a> {
 #[derive(Clone)]
 struct DepthBlock {
     taps: Range<usize>,
-    channels: Range<usize>,
+    /// Words of a run.
+    words: Range<usize>,
 }
 
-/// Cuts `taps` runs of `run` floats into blocks of at most [`DEPTH`], or one tap.
+/// Cuts `taps` runs of `run` words into blocks of at most [`DEPTH`], or one tap.
 fn depth_blocks(taps: usize, run: usize) -> Vec<DepthBlock> {
     if run > DEPTH {
         let parts = run.div_ceil(DEPTH);
         let part = run.div_ceil(parts);
-        let channels = (0..parts).map(|i| i * part..run.min((i + 1) * part));
+        let words = (0..parts).map(|i| i * part..run.min((i + 1) * part));
         return (0..taps)
-            .flat_map(|tap| channels.clone().map(move |channels| DepthBlock { taps: tap..tap + 1, channels }))
+            .flat_map(|tap| words.clone().map(move |words| DepthBlock { taps: tap..tap + 1, words }))
             .collect();
     }
     let together = (DEPTH / run.max(1)).max(1);
-    (0..taps)
-        .step_by(together)
-        .map(|tap| DepthBlock { taps: tap..taps.min(tap + together), channels: 0..run })
-        .collect()
+    (0..taps).step_by(together).map(|tap| DepthBlock { taps: tap..taps.min(tap + together), words: 0..run }).collect()
 }
 
-impl Task for Block<'_> {
+impl<T: Float> Task for Block<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -192,40 +229,47 @@ impl Task for Block<'_> {
             }
             targets[tile][lane] = gather.target_row(row) * b.columns;
         }
-        let blocks = depth_blocks(taps, gather.run);
+        let run = gather.run / T::PER_WORD;
+        let blocks = depth_blocks(taps, run);
         let width = S::LANES * S::VECTORS;
         let mut pointers = Vec::with_capacity(DEPTH);
+        // What the blocks of depth before have summed, [tile][row][column].
+        let mut partial = Scratch::<f32>::take(if blocks.len() > 1 { tiles * TILE_ROWS * width } else { 0 });
         for panel in panels {
             let packed = b.panel(panel);
             let column = panel * width;
             let columns = width.min(b.columns - column);
             for (i, block) in blocks.iter().enumerate() {
-                let run = block.channels.len();
-                let b_block = &packed[(block.taps.start * gather.run + block.channels.start) * width..];
-                assert!(b_block.len() >= block.taps.len() * run * width && run <= DEPTH);
+                let words = block.words.len();
+                let b_block = &packed[(block.taps.start * run + block.words.start) * width * T::PER_WORD..];
+                assert!(b_block.len() >= block.taps.len() * words * width * T::PER_WORD && words <= DEPTH);
                 for tile in 0..tiles {
                     pointers.clear();
                     pointers.extend(offsets[tile * taps..][block.taps.clone()].iter().map(|lanes| {
                         lanes.map(|offset| match offset {
                             PADDING => ZEROS.as_ptr(),
                             // In bounds: `Gather::check` has compared the furthest run with the source.
-                            offset => a[offset + block.channels.start..].as_ptr(),
+                            offset => a[offset + block.words.start * T::PER_WORD..].as_ptr().cast(),
                         })
                     }));
+                    let sums =
+                        partial.get_mut(tile * TILE_ROWS * width..).map_or(std::ptr::null_mut(), |p| p.as_mut_ptr());
                     let tile = Tile {
                         runs: &pointers,
-                        run,
-                        b: b_block.as_ptr(),
+                        words,
+                        b: b_block.as_ptr().cast(),
                         c: c.0,
                         targets: &targets[tile],
                         rows: TILE_ROWS.min(rows.len() - tile * TILE_ROWS),
                         column,
                         columns,
-                        first: i == 0,
-                        epilogue: (i + 1 == blocks.len()).then_some(epilogue),
+                        before: (i > 0).then_some(sums),
+                        after: (i + 1 < blocks.len()).then_some(sums),
+                        epilogue,
                     };
-                    // SAFETY: `runs` are readable for `run` floats and `b` for all of them times the tile's width, as
-                    // checked above; `targets` are rows of C, and this task alone writes these columns of them.
+                    // SAFETY: `runs` are readable for `words` and `b` for all of them times the tile's width, as checked
+                    // above; there is more than one block where sums are kept, and room for a tile of them; `targets` are
+                    // rows of C, and this task alone writes these columns of them.
                     unsafe { tile.compute(simd) };
                 }
             }
@@ -234,20 +278,23 @@ impl Task for Block<'_> {
 }
 
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
-pub(super) struct Tile<'a> {
+pub(super) struct Tile<'a, T> {
     pub(super) runs: &'a [[*const f32; TILE_ROWS]],
-    pub(super) run: usize,
+    pub(super) words: usize,
     pub(super) b: *const f32,
-    pub(super) c: *mut f32,
+    pub(super) c: *mut T,
     pub(super) targets: &'a [usize; TILE_ROWS],
     pub(super) rows: usize,
     pub(super) column: usize,
     pub(super) columns: usize,
-    pub(super) first: bool,
-    pub(super) epilogue: Option<Epilogue<'a>>,
+    /// Sums to go on from, a full tile of them.
+    pub(super) before: Option<*mut f32>,
+    /// Where sums are left for the next block of depth; after the last one the result goes to `c`.
+    pub(super) after: Option<*mut f32>,
+    pub(super) epilogue: Epilogue<'a, T>,
 }
 
-impl Tile<'_> {
+impl<T: Float> Tile<'_, T> {
     /// Chooses the number of vectors that the columns need.
     ///
     /// # Safety
@@ -266,90 +313,88 @@ impl Tile<'_> {
     }
 
     /// # Safety
-    /// Each pointer of `runs` is readable for `run` floats, `b` for as many rows of the full tile's width, and `targets +
-    /// column` for `columns` floats of `c`, which nothing else touches meanwhile.
+    /// Each pointer of `runs` is readable for `words` words of any alignment, `b` for as many rows of the full tile's width,
+    /// `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which nothing else touches
+    /// meanwhile.
     #[inline(always)]
     unsafe fn micro_kernel<S: Simd, const V: usize>(&self, simd: S) {
         let width = S::LANES * S::VECTORS;
         let mut sums = [[simd.splat(0.0); V]; TILE_ROWS];
+        if let Some(before) = self.before {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: a full tile of sums.
+                    *sum = unsafe { simd.load(before.add(r * width + v * S::LANES)) };
+                }
+            }
+        }
         let mut b = self.b;
         for pointers in self.runs {
             let pointers = *pointers;
-            for k in 0..self.run {
+            for k in 0..self.words {
                 // SAFETY: the contract above.
                 let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
                 for r in 0..TILE_ROWS {
                     // SAFETY: the contract above.
-                    let a = simd.splat(unsafe { *pointers[r].add(k) });
+                    let a = simd.splat(unsafe { pointers[r].add(k).read_unaligned() });
                     for v in 0..V {
-                        sums[r][v] = simd.mul_add(a, b_row[v], sums[r][v]);
+                        sums[r][v] = T::multiply_words(simd, a, b_row[v], sums[r][v]);
                     }
                 }
                 // SAFETY: one row further within B, or one past its end.
                 b = unsafe { b.add(width) };
             }
         }
-        if self.columns == V * S::LANES {
-            for (r, sums) in sums.into_iter().enumerate().take(self.rows) {
-                let at = self.targets[r] + self.column;
-                // SAFETY: `columns` floats from there are ours; the residual is as long as C.
-                unsafe {
-                    let residual = self.epilogue.and_then(|e| e.residual).map(|x| x.as_ptr().add(at));
-                    self.finish(simd, sums, self.c.add(at), residual);
+        if let Some(after) = self.after {
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    // SAFETY: a full tile of sums.
+                    unsafe { simd.store(after.add(r * width + v * S::LANES), sum) };
                 }
             }
-        } else {
-            // A last panel that does not fill its vectors goes through a buffer that does.
-            let mut c_row = [0.0; 64];
-            let mut residual_row = [0.0; 64];
-            for (r, sums) in sums.into_iter().enumerate().take(self.rows) {
-                let at = self.targets[r] + self.column;
-                // SAFETY: `columns` floats from there are ours; the buffers hold the widest tile.
-                unsafe {
-                    let c = std::slice::from_raw_parts_mut(self.c.add(at), self.columns);
-                    c_row[..self.columns].copy_from_slice(c);
-                    let residual = self.epilogue.and_then(|e| e.residual).map(|x| {
-                        residual_row[..self.columns].copy_from_slice(&x[at..at + self.columns]);
-                        residual_row.as_ptr()
-                    });
-                    self.finish(simd, sums, c_row.as_mut_ptr(), residual);
-                    c.copy_from_slice(&c_row[..self.columns]);
+            return;
+        }
+        for (r, sums) in sums.into_iter().enumerate().take(self.rows) {
+            let at = self.targets[r] + self.column;
+            // SAFETY: `columns` values from there are ours; the residual is as long as C; the buffers hold the widest tile.
+            unsafe {
+                let residual = self.epilogue.residual.map(|x| x.as_ptr().add(at));
+                if self.columns == V * S::LANES {
+                    self.finish(simd, sums, self.c.add(at), residual);
+                    continue;
                 }
+                // A last panel that does not fill its vectors goes through buffers that do.
+                let (mut c_row, mut residual_row) = ([T::default(); 64], [T::default(); 64]);
+                let residual = residual.map(|residual| {
+                    std::ptr::copy_nonoverlapping(residual, residual_row.as_mut_ptr(), self.columns);
+                    residual_row.as_ptr()
+                });
+                self.finish(simd, sums, c_row.as_mut_ptr(), residual);
+                std::ptr::copy_nonoverlapping(c_row.as_ptr(), self.c.add(at), self.columns);
             }
         }
     }
 
-    /// Adds what earlier blocks of depth left in `c`, applies the epilogue after the last, and stores.
+    /// Applies the epilogue to a row of the tile and stores it.
     ///
     /// # Safety
-    /// `c` and `residual` are valid for `V * LANES` floats.
+    /// `c` and `residual` are valid for `V * LANES` values.
     #[inline(always)]
-    unsafe fn finish<S: Simd, const V: usize>(
-        &self,
-        simd: S,
-        sums: [S::V; V],
-        c: *mut f32,
-        residual: Option<*const f32>,
-    ) {
+    unsafe fn finish<S: Simd, const V: usize>(&self, simd: S, sums: [S::V; V], c: *mut T, residual: Option<*const T>) {
         for (v, mut sum) in sums.into_iter().enumerate() {
             let at = v * S::LANES;
             // SAFETY: the contract above; a bias has as many values as C has columns.
             unsafe {
-                if !self.first {
-                    sum = simd.add(simd.load(c.add(at)), sum);
+                if let Some(bias) = self.epilogue.bias {
+                    sum = simd.add(sum, load_bias(simd, &bias[self.column..], at));
                 }
-                if let Some(epilogue) = self.epilogue {
-                    if let Some(bias) = epilogue.bias {
-                        sum = simd.add(sum, load_bias(simd, &bias[self.column..], at));
-                    }
-                    if let Some(residual) = residual {
-                        sum = simd.add(sum, simd.load(residual.add(at)));
-                    }
-                    if epilogue.relu {
-                        sum = simd.relu(sum);
-                    }
+                if let Some(residual) = residual {
+                    sum = simd.add(sum, T::load(simd, residual.add(at)));
                 }
-                simd.store(c.add(at), sum);
+                if self.epilogue.relu {
+                    sum = simd.relu(sum);
+                }
+                T::store(simd, c.add(at), sum);
             }
         }
     }

@@ -5,15 +5,21 @@
 //! are far more rows than elements of C in a convolution's early layers and far fewer in its late ones, so the rows are
 //! split into parts by their number, every part makes a C of its own, and the parts are added in order at the end: the
 //! same bits however many threads there are.
+//!
+//! The sum is over rows, so that with bf16 a word must hold one value of each of two rows: both sides are interleaved, A too,
+//! a tap and a piece of its run at a time.
 
+use super::float::Float;
 use super::gather::{Gather, PADDING};
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows of B in L1: 128 rows of 64 columns are 32 KiB.
+/// Rows of B in L1, in words: 128 rows of 64 columns are 32 KiB.
 const SLICE: usize = 128;
+/// Values of A's runs that are interleaved together; as much as B's slice, so that both stay in L1.
+const PIECE: usize = 48;
 /// Rows of A and B that make one part.
 const PART: usize = 4096;
 /// The runs are divided among tasks until there are this many.
@@ -31,11 +37,11 @@ pub enum Order {
 }
 
 /// `c = (rows of a through gather)^T b`; `b` is `[target rows of the gather, columns]`.
-pub fn multiply_transposed(
+pub fn multiply_transposed<T: Float>(
     isa: Isa,
-    a: &[f32],
+    a: &[T],
     gather: &Gather,
-    b: &[f32],
+    b: &[T],
     columns: usize,
     c: &mut [f32],
     order: Order,
@@ -104,10 +110,10 @@ fn out_len(columns: usize, panel: usize, width: usize) -> usize {
 }
 
 /// Some rows, some taps and one panel of columns.
-struct Part<'a> {
-    a: &'a [f32],
+struct Part<'a, T> {
+    a: &'a [T],
     gather: &'a Gather,
-    b: &'a [f32],
+    b: &'a [T],
     stride: usize,
     rows: Range<usize>,
     taps: Range<usize>,
@@ -116,7 +122,7 @@ struct Part<'a> {
     out: &'a mut [f32],
 }
 
-impl Task for Part<'_> {
+impl<T: Float> Task for Part<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -127,50 +133,97 @@ impl Task for Part<'_> {
         if rows.is_empty() {
             out.fill(0.0);
         }
-        // A padded tap reads zeros.
-        let zeros = vec![0.0f32; run];
-        let mut packed = [0.0f32; SLICE * 64];
-        let mut pointers = vec![[std::ptr::null::<f32>(); SLICE]; taps.len()];
-        for start in rows.clone().step_by(SLICE) {
-            let slice = start..rows.end.min(start + SLICE);
-            for (i, row) in slice.clone().enumerate() {
-                let packed_row = &mut packed[i * width..][..width];
-                packed_row[..columns.len()].copy_from_slice(&b[gather.target_row(row) * stride..][columns.clone()]);
-                packed_row[columns.len()..].fill(0.0);
-                let offsets = gather.offsets(row).skip(taps.start);
-                for (pointers, offset) in pointers.iter_mut().zip(offsets) {
-                    pointers[i] = if offset == PADDING { zeros.as_ptr() } else { a[offset..].as_ptr() };
+        let rows_of_slice = SLICE * T::PER_WORD;
+        // A padded tap reads zeros, and so does a row that fills the last word.
+        let zeros = vec![T::default(); run];
+        let mut packed = Scratch::<T>::take(rows_of_slice * width);
+        let mut pointers = vec![zeros.as_slice(); taps.len() * rows_of_slice];
+        let mut interleaved = Scratch::<T>::take(if T::PER_WORD == 1 { 0 } else { rows_of_slice * PIECE });
+        let mut words = Vec::with_capacity(SLICE);
+        for start in rows.clone().step_by(rows_of_slice) {
+            let slice = start..rows.end.min(start + rows_of_slice);
+            let count = slice.len().next_multiple_of(T::PER_WORD);
+            for i in 0..count {
+                let row = start + i;
+                let (word, place) = (i / T::PER_WORD, i % T::PER_WORD);
+                let packed_row = &mut packed[word * width * T::PER_WORD..][..width * T::PER_WORD];
+                let values: &[T] =
+                    if slice.contains(&row) { &b[gather.target_row(row) * stride..][columns.clone()] } else { &[] };
+                let mut packed_row = packed_row[place..].iter_mut().step_by(T::PER_WORD);
+                packed_row.by_ref().zip(values).for_each(|(packed, &value)| *packed = value);
+                packed_row.for_each(|packed| *packed = T::default());
+                let offsets = gather.offsets(row.min(slice.end - 1)).skip(taps.start).take(taps.len());
+                for (tap, offset) in offsets.enumerate() {
+                    let padding = offset == PADDING || !slice.contains(&row);
+                    pointers[tap * rows_of_slice + i] = if padding { &zeros } else { &a[offset..][..run] };
                 }
             }
-            for (pointers, out) in pointers.iter().zip(out.chunks_exact_mut(run * width)) {
-                let tile = Tile { runs: &pointers[..slice.len()], b: &packed, first: start == rows.start };
-                let mut channel = 0;
-                while channel < run {
-                    let out = &mut out[channel * width..];
-                    // SAFETY: runs are readable for `run` floats, and the chosen tile ends within them; `packed` and
-                    // `out` have as many full rows as the tile reads and writes.
-                    channel += unsafe {
-                        match run - channel {
-                            6.. => tile.compute::<S, 6>(simd, channel, out),
-                            4.. => tile.compute::<S, 4>(simd, channel, out),
-                            2.. => tile.compute::<S, 2>(simd, channel, out),
-                            _ => tile.compute::<S, 1>(simd, channel, out),
-                        }
-                    };
+            let words_of_slice = count / T::PER_WORD;
+            for (pointers, out) in pointers.chunks_exact(rows_of_slice).zip(out.chunks_exact_mut(run * width)) {
+                let first = start == rows.start;
+                if T::PER_WORD == 1 {
+                    words.clear();
+                    words.extend(pointers[..count].iter().map(|run| run.as_ptr().cast()));
+                    multiply_runs(simd, &words, run, &packed, first, out);
+                    continue;
+                }
+                for begin in (0..run).step_by(PIECE) {
+                    let piece = begin..run.min(begin + PIECE);
+                    interleave(&pointers[..count], piece.clone(), &mut interleaved);
+                    words.clear();
+                    let rows = interleaved.chunks_exact(piece.len() * T::PER_WORD).take(words_of_slice);
+                    words.extend(rows.map(|row| row.as_ptr().cast()));
+                    multiply_runs(simd, &words, piece.len(), &packed, first, &mut out[begin * width..]);
                 }
             }
         }
     }
 }
 
-/// A tile of C: consecutive elements of the runs by one panel, summed over a slice of rows.
-struct Tile<'a> {
-    runs: &'a [*const f32],
-    b: &'a [f32],
-    first: bool,
+/// `out [word][value of the piece][row of the word]`.
+#[inline(always)]
+fn interleave<T: Float>(rows: &[&[T]], piece: Range<usize>, out: &mut [T]) {
+    let words = out.chunks_exact_mut(piece.len() * T::PER_WORD);
+    for (out, rows) in words.zip(rows.chunks_exact(T::PER_WORD)) {
+        let (low, high) = (&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]);
+        for ((out, &low), &high) in out.chunks_exact_mut(T::PER_WORD).zip(low).zip(high) {
+            out[0] = low;
+            out[T::PER_WORD - 1] = high;
+        }
+    }
 }
 
-impl Tile<'_> {
+/// `out [run, width] (+)= sum over rows of run x b`. Each row of `runs` is `run` words, and as many rows of `b` are packed.
+#[inline(always)]
+fn multiply_runs<S: Simd, T: Float>(simd: S, runs: &[*const f32], run: usize, b: &[T], first: bool, out: &mut [f32]) {
+    let width = S::LANES * S::VECTORS;
+    assert!(b.len() >= runs.len() * width * T::PER_WORD && out.len() >= run * width);
+    let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, kind: std::marker::PhantomData };
+    let mut channel = 0;
+    while channel < run {
+        let out = &mut out[channel * width..];
+        // SAFETY: runs are readable for `run` words, and the chosen tile ends within them; `b` and `out` have as many full
+        // rows as the tile reads and writes.
+        channel += unsafe {
+            match run - channel {
+                6.. => tile.compute::<S, 6>(simd, channel, out),
+                4.. => tile.compute::<S, 4>(simd, channel, out),
+                2.. => tile.compute::<S, 2>(simd, channel, out),
+                _ => tile.compute::<S, 1>(simd, channel, out),
+            }
+        };
+    }
+}
+
+/// A tile of C: consecutive elements of the runs by one panel, summed over a slice of rows.
+struct Tile<'a, T> {
+    runs: &'a [*const f32],
+    b: *const f32,
+    first: bool,
+    kind: std::marker::PhantomData<T>,
+}
+
+impl<T: Float> Tile<'_, T> {
     /// Computes `R` rows of C from element `channel` of the runs on, and returns `R`.
     ///
     /// # Safety
@@ -189,22 +242,23 @@ impl Tile<'_> {
     }
 
     /// # Safety
-    /// Each run is readable for `channel + R` floats; `V` is `S::VECTORS`.
+    /// Each run is readable for `channel + R` words of any alignment, `b` for a row of the tile's width for each run; `V` is
+    /// `S::VECTORS`.
     #[inline(always)]
     unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S, channel: usize, out: &mut [f32]) {
         let width = V * S::LANES;
-        assert!(self.b.len() >= self.runs.len() * width && out.len() >= R * width);
+        assert!(out.len() >= R * width);
         let mut sums = [[simd.splat(0.0); V]; R];
-        let mut b = self.b.as_ptr();
+        let mut b = self.b;
         for &run in self.runs {
             // SAFETY: the assertion above, and the contract.
             unsafe {
                 let b_row: [S::V; V] = std::array::from_fn(|v| simd.load(b.add(v * S::LANES)));
                 let a = run.add(channel);
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let a = simd.splat(*a.add(r));
+                    let a = simd.splat(a.add(r).read_unaligned());
                     for (sum, &b) in sums.iter_mut().zip(&b_row) {
-                        *sum = simd.mul_add(a, b, *sum);
+                        *sum = T::multiply_words(simd, a, b, *sum);
                     }
                 }
                 b = b.add(width);

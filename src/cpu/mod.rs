@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 pub mod conv;
 pub mod elementwise;
+pub mod float;
 pub mod gather;
 pub mod gemm;
 pub mod gemm_transposed;
@@ -23,4 +24,5 @@ mod portable;
 mod simd;
 pub mod winograd;
 
+pub use float::Float;
 pub use simd::Isa;

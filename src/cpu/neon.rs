@@ -1,6 +1,7 @@
 //! NEON: 32 registers of 4 f32. A 6x16 tile takes 24 accumulators, 4 columns of B and one broadcast.
 
 use super::simd::{Simd, Task};
+use half::bf16;
 use std::arch::aarch64::*;
 
 /// Proof of NEON, which every 64-bit Arm target of Rust's standard library has.
@@ -54,5 +55,28 @@ unsafe impl Simd for Neon {
         // FMAX returns NaN when either operand is NaN.
         // SAFETY: NEON is part of the target's baseline.
         unsafe { vmaxq_f32(vdupq_n_f32(0.0), v) }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe {
+            let high = |v| vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0xffff_0000)));
+            let low = |v| vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(v)));
+            vfmaq_f32(vfmaq_f32(c, low(a), low(b)), high(a), high(b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: float32x4_t) {
+        let mut values = [0.0; 4];
+        // SAFETY: an array of four; the caller vouches for `p`.
+        unsafe {
+            vst1q_f32(values.as_mut_ptr(), v);
+            p.cast::<[bf16; 4]>().write(values.map(bf16::from_f32));
+        }
     }
 }

@@ -4,29 +4,27 @@
 //! which the second corrects the mean of the first (Chan, Golub and LeVeque, 1983, equation 1.7). Pieces are combined in
 //! f64 with their update of 1979, so that a large mean does not cancel a small variance.
 
+use super::float::Float;
 use super::simd::vectorised;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 
-/// Floats a task works on.
-const CHUNK: usize = 1 << 15;
-
 /// Rows that are added in f32 before the sum goes on in f64.
 const SHORT: usize = 32;
 
-/// Floats in as many whole rows as fit a chunk.
-fn chunk_of(channels: usize) -> usize {
-    (CHUNK / channels.max(1)).max(1) * channels
+/// Values in as many whole rows as fit a chunk.
+fn chunk_of<T: Float>(channels: usize) -> usize {
+    (T::CHUNK / channels.max(1)).max(1) * channels
 }
 
 /// Mean and biased variance of every channel.
-pub fn statistics(x: &[f32], mean: &mut [f32], variance: &mut [f32]) {
+pub fn statistics<T: Float>(x: &[T], mean: &mut [f32], variance: &mut [f32]) {
     let channels = mean.len();
-    let chunk = chunk_of(channels);
+    let chunk = chunk_of::<T>(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
     parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk)).for_each(|(part, x)| {
         let (mean, squares) = part.split_at_mut(channels);
-        chunk_statistics(x, mean, squares);
+        T::read(x, |x| chunk_statistics(x, mean, squares));
     });
     for channel in 0..channels {
         let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
@@ -43,28 +41,38 @@ pub fn statistics(x: &[f32], mean: &mut [f32], variance: &mut [f32]) {
 }
 
 /// `y = act(x * scale + shift + residual)`, channel by channel; the residual and the ReLU if asked for. NaN stays NaN.
-pub fn affine(x: &[f32], scale: &[f32], shift: &[f32], residual: Option<&[f32]>, relu: bool, y: &mut [f32]) {
-    let chunk = chunk_of(scale.len());
+pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<&[T]>, relu: bool, y: &mut [T]) {
+    let chunk = chunk_of::<T>(scale.len());
     y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (y, x))| {
-        affine_chunk(x, scale, shift, y);
-        // The piece is in cache still.
-        match residual {
-            Some(residual) => add_relu_chunk(&residual[i * chunk..][..y.len()], relu, y),
-            None if relu => relu_chunk(y),
-            None => {}
-        }
+        let residual = residual.map(|residual| &residual[i * chunk..][..y.len()]);
+        T::write(y, |y| {
+            T::read(x, |x| affine_chunk(x, scale, shift, y));
+            // The piece is in cache still.
+            match residual {
+                Some(residual) => T::read(residual, |residual| add_relu_chunk(residual, relu, y)),
+                None if relu => relu_chunk(y),
+                None => {}
+            }
+        });
     });
 }
 
 /// For every channel the sums of `dy` and of `dy * (x - mean) * rstd`: the gradients to shift and scale.
-pub fn parameter_gradients(x: &[f32], dy: &[f32], mean: &[f32], rstd: &[f32], dscale: &mut [f32], dshift: &mut [f32]) {
+pub fn parameter_gradients<T: Float>(
+    x: &[T],
+    dy: &[T],
+    mean: &[f32],
+    rstd: &[f32],
+    dscale: &mut [f32],
+    dshift: &mut [f32],
+) {
     let channels = mean.len();
-    let chunk = chunk_of(channels);
+    let chunk = chunk_of::<T>(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
     parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk))).for_each(
         |(part, (x, dy))| {
             let (sum, product) = part.split_at_mut(channels);
-            chunk_products(x, dy, mean, sum, product);
+            T::read(x, |x| T::read(dy, |dy| chunk_products(x, dy, mean, sum, product)));
         },
     );
     for channel in 0..channels {
@@ -75,19 +83,21 @@ pub fn parameter_gradients(x: &[f32], dy: &[f32], mean: &[f32], rstd: &[f32], ds
 }
 
 /// `dy = a * dy + b * x + c`, channel by channel.
-pub fn backward_input(x: &[f32], a: &[f32], b: &[f32], c: &[f32], dy: &mut [f32]) {
-    let chunk = chunk_of(a.len());
-    dy.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(dy, x)| backward_chunk(x, a, b, c, dy));
+pub fn backward_input<T: Float>(x: &[T], a: &[f32], b: &[f32], c: &[f32], dy: &mut [T]) {
+    let chunk = chunk_of::<T>(a.len());
+    dy.par_chunks_mut(chunk)
+        .zip(x.par_chunks(chunk))
+        .for_each(|(dy, x)| T::read(x, |x| T::update(dy, |dy| backward_chunk(x, a, b, c, dy))));
 }
 
 /// For every channel the sum over rows; the gradient to a bias.
-pub fn column_sums(x: &[f32], sums: &mut [f32]) {
+pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
     let channels = sums.len();
-    let chunk = chunk_of(channels);
+    let chunk = chunk_of::<T>(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * channels);
     parts.par_chunks_mut(channels).zip(x.par_chunks(chunk)).for_each(|(sums, x)| {
         sums.fill(0.0);
-        add_rows(x, sums);
+        T::read(x, |x| add_rows(x, sums));
     });
     for (channel, sum) in sums.iter_mut().enumerate() {
         *sum = parts.chunks_exact(channels).map(|part| f64::from(part[channel])).sum::<f64>() as f32;

@@ -1,8 +1,10 @@
 //! What this machine can do at most, measured on it: the roof under which `hone bench kernels` sees the kernels.
 
+use super::float::Float;
 use super::simd::{Isa, Simd, Task, dispatch};
 use rayon::prelude::*;
 use std::hint::black_box;
+use std::marker::PhantomData;
 use std::time::Instant;
 
 /// Chains of multiply-adds that are under way together; more than latency times ports of any core there is.
@@ -12,18 +14,18 @@ const REPEATS: usize = 5;
 /// Floats copied, well beyond every cache.
 const COPY: usize = 32 << 20;
 
-struct Chains;
+struct Chains<T>(PhantomData<T>);
 
-impl Task for Chains {
+impl<T: Float> Task for Chains<T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (a, b) = (black_box(simd.splat(0.999)), black_box(simd.splat(1e-3)));
+        let (a, b) = (black_box(simd.splat(1e-3)), black_box(simd.splat(1e-3)));
         let mut sums = [simd.splat(0.0); CHAINS];
         for _ in 0..ROUNDS {
             for sum in &mut sums {
-                *sum = simd.mul_add(*sum, a, b);
+                *sum = T::multiply_words(simd, a, b, *sum);
             }
         }
         black_box(sums);
@@ -40,11 +42,12 @@ fn best(run: impl Fn()) -> f64 {
     (0..REPEATS).map(|_| time()).fold(f64::INFINITY, f64::min)
 }
 
-/// f32 operations a second of all threads, multiply-adds counted as two; the best of a few runs.
-pub fn operations_per_second(isa: Isa) -> f64 {
+/// Operations a second of all threads on values of type `T`, multiply-adds counted as two; the best of a few runs.
+pub fn operations_per_second<T: Float>(isa: Isa) -> f64 {
     let threads = rayon::current_num_threads();
-    let seconds = best(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| dispatch(isa, Chains)));
-    (2 * CHAINS * ROUNDS * isa.lanes() * threads) as f64 / seconds
+    let seconds =
+        best(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| dispatch(isa, Chains::<T>(PhantomData))));
+    (2 * CHAINS * ROUNDS * isa.lanes() * T::PER_WORD * threads) as f64 / seconds
 }
 
 /// Bytes a second of a copy by all threads, read and written ones counted; the best of a few.

@@ -1,5 +1,6 @@
 //! Pooling over `[n, h, w, c]`.
 
+use super::float::Float;
 use super::simd::vectorised;
 use rayon::prelude::*;
 
@@ -49,53 +50,62 @@ impl PoolShape {
 
 /// Maxima of windows, and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
 /// greater than any number, as in PyTorch.
-pub fn max_pool(x: &[f32], shape: &PoolShape, y: &mut [f32], places: &mut [u8]) {
+pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], places: &mut [u8]) {
     let ([oh, ow], c) = (shape.output(), shape.c);
     let rows = y.par_chunks_mut(ow * c).zip(places.par_chunks_mut(ow * c)).enumerate();
     rows.for_each(|(row, (y, places))| {
         let (n, oy) = (row / oh, row % oh);
-        for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
+        T::write(y, |y| {
             y.fill(f32::NEG_INFINITY);
             places.fill(u8::MAX);
             for (ky, iy) in shape.covered(oy, shape.h) {
-                for (kx, ix) in shape.covered(ox, shape.w) {
-                    let x = &x[((n * shape.h + iy) * shape.w + ix) * c..][..c];
-                    take_maximum(x, (ky * shape.kernel + kx) as u8, y, places);
-                }
+                T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| {
+                    for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
+                        for (kx, ix) in shape.covered(ox, shape.w) {
+                            take_maximum(&x[ix * c..][..c], (ky * shape.kernel + kx) as u8, y, places);
+                        }
+                    }
+                });
             }
-        }
+        });
     });
 }
 
 /// Gradient to the input: each input position collects from the windows it is the maximum of.
-pub fn max_pool_backward(dy: &[f32], places: &[u8], shape: &PoolShape, dx: &mut [f32]) {
+pub fn max_pool_backward<T: Float>(dy: &[T], places: &[u8], shape: &PoolShape, dx: &mut [T]) {
     let ([oh, ow], c) = (shape.output(), shape.c);
     dx.par_chunks_mut(shape.w * c).enumerate().for_each(|(row, dx)| {
         let (n, iy) = (row / shape.h, row % shape.h);
-        dx.fill(0.0);
-        for (ix, dx) in dx.chunks_exact_mut(c).enumerate() {
+        T::write(dx, |dx| {
+            dx.fill(0.0);
             for (ky, oy) in shape.covering(iy, oh) {
-                for (kx, ox) in shape.covering(ix, ow) {
-                    let at = ((n * oh + oy) * ow + ox) * c;
-                    let place = (ky * shape.kernel + kx) as u8;
-                    add_where(&dy[at..][..c], &places[at..][..c], place, dx);
-                }
+                let begin = (n * oh + oy) * ow * c;
+                T::read(&dy[begin..][..ow * c], |dy| {
+                    for (ix, dx) in dx.chunks_exact_mut(c).enumerate() {
+                        for (kx, ox) in shape.covering(ix, ow) {
+                            let place = (ky * shape.kernel + kx) as u8;
+                            add_where(&dy[ox * c..][..c], &places[begin + ox * c..][..c], place, dx);
+                        }
+                    }
+                });
             }
-        }
+        });
     });
 }
 
 /// Mean over the pixels of each image, `[n, pixels, c]` to `[n, c]`.
-pub fn global_average(x: &[f32], pixels: usize, c: usize, y: &mut [f32]) {
-    y.par_chunks_mut(c).zip(x.par_chunks(pixels * c)).for_each(|(y, x)| average_rows(x, y));
+pub fn global_average<T: Float>(x: &[T], pixels: usize, c: usize, y: &mut [f32]) {
+    y.par_chunks_mut(c).zip(x.par_chunks(pixels * c)).for_each(|(y, x)| T::read(x, |x| average_rows(x, y)));
 }
 
 /// Gradient to the input of [`global_average`].
-pub fn global_average_backward(dy: &[f32], pixels: usize, c: usize, dx: &mut [f32]) {
+pub fn global_average_backward<T: Float>(dy: &[f32], pixels: usize, c: usize, dx: &mut [T]) {
     dx.par_chunks_mut(pixels * c).zip(dy.par_chunks(c)).for_each(|(dx, dy)| {
-        for dx in dx.chunks_exact_mut(c) {
-            dx.iter_mut().zip(dy).for_each(|(dx, &dy)| *dx = dy / pixels as f32);
-        }
+        T::write(dx, |dx| {
+            for dx in dx.chunks_exact_mut(c) {
+                dx.iter_mut().zip(dy).for_each(|(dx, &dy)| *dx = dy / pixels as f32);
+            }
+        });
     });
 }
 

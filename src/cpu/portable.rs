@@ -1,6 +1,7 @@
 //! Plain Rust: arrays of 4 f32, which the compiler turns into whatever the target's baseline has.
 
 use super::simd::{Simd, Task};
+use half::bf16;
 
 /// Needs nothing.
 #[derive(Clone, Copy)]
@@ -48,5 +49,21 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     fn relu(self, v: [f32; 4]) -> [f32; 4] {
         v.map(|x| if x < 0.0 { 0.0 } else { x })
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        let high = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+        let low = |x: f32| f32::from_bits(x.to_bits() << 16);
+        std::array::from_fn(|i| c[i] + low(a[i]) * low(b[i]) + high(a[i]) * high(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> [f32; 4] {
+        // SAFETY: the caller vouches for `p`; an array of bf16 has the alignment of bf16.
+        unsafe { p.cast::<[bf16; 4]>().read() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: [f32; 4]) {
+        // SAFETY: as above.
+        unsafe { p.cast::<[bf16; 4]>().write(v.map(bf16::from_f32)) }
     }
 }

@@ -6,6 +6,7 @@
 //! set. Plain arithmetic is never contracted to fused multiply-adds by the compiler, so such loops give the same bits on
 //! every instruction set; only kernels that call [`Simd::mul_add`] differ in the last place between them.
 
+use half::bf16;
 use std::sync::OnceLock;
 
 /// An instruction set hone has kernels for, slowest first.
@@ -19,12 +20,19 @@ pub enum Isa {
     Avx2,
     /// 512-bit vectors (F, BW, DQ and VL).
     Avx512,
+    /// The same with products of bf16 pairs.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// The names `$HONE_ISA` takes.
-    pub const NAMES: [(&'static str, Isa); 4] =
-        [("portable", Isa::Portable), ("neon", Isa::Neon), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512)];
+    pub const NAMES: [(&'static str, Isa); 5] = [
+        ("portable", Isa::Portable),
+        ("neon", Isa::Neon),
+        ("avx2", Isa::Avx2),
+        ("avx512", Isa::Avx512),
+        ("avx512bf16", Isa::Avx512Bf16),
+    ];
 
     /// Whether this machine can run it.
     pub fn is_supported(self) -> bool {
@@ -42,6 +50,8 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16"),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -70,7 +80,7 @@ impl Isa {
         match self {
             Isa::Portable | Isa::Neon => 4,
             Isa::Avx2 => 8,
-            Isa::Avx512 => 16,
+            Isa::Avx512 | Isa::Avx512Bf16 => 16,
         }
     }
 
@@ -79,7 +89,7 @@ impl Isa {
         match self {
             Isa::Portable => 8,
             Isa::Neon | Isa::Avx2 => 16,
-            Isa::Avx512 => 64,
+            Isa::Avx512 | Isa::Avx512Bf16 => 64,
         }
     }
 }
@@ -121,6 +131,19 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `c + a.low * b.low + a.high * b.high` in every lane, where `a` and `b` hold pairs of bf16. On hardware that does it
+    /// subnormal numbers count as zero.
+    fn dot_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `LANES` bf16 from `p`, widened.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` bf16.
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    /// `LANES` values to `p`, rounded to the nearest bf16, halves to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` bf16.
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
     fn relu(self, v: Self::V) -> Self::V;
 }
@@ -137,6 +160,8 @@ pub trait Task {
 #[inline]
 pub fn dispatch<T: Task>(isa: Isa, task: T) -> T::Output {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 if isa.is_supported() => super::avx512::run_bf16(task),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 if isa.is_supported() => super::avx512::run(task),
         #[cfg(target_arch = "x86_64")]
@@ -169,7 +194,7 @@ macro_rules! vectorised {
             match $crate::cpu::Isa::current() {
                 // SAFETY: `Isa::current` gives what the machine has.
                 #[cfg(target_arch = "x86_64")]
-                $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Bf16 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },

@@ -72,7 +72,7 @@ impl WinogradFilter {
                 }
             }
         }
-        let pack = |matrix: &[f32]| PackedB::from_rows(isa, matrix, c, o, |row| row * o);
+        let pack = |matrix: &[f32]| PackedB::from_rows(isa, matrix, c, o, c, |row| row * o);
         WinogradFilter { isa, positions: transformed.chunks_exact(c * o).map(pack).collect(), c, o }
     }
 }
@@ -110,7 +110,7 @@ struct Block<'a> {
     shape: &'a ConvShape,
     /// Tiles of an image, down and across.
     across: [usize; 2],
-    y: &'a Output,
+    y: &'a Output<f32>,
     epilogue: Epilogue<'a>,
     tiles: Range<usize>,
     panels: Range<usize>,
@@ -158,15 +158,16 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
         let targets = std::array::from_fn(|lane| row(lane) * width);
         let tile = Tile {
             runs: &runs,
-            run: depth,
+            words: depth,
             b: b.as_ptr(),
             c: c.as_mut_ptr(),
             targets: &targets,
             rows: TILE_ROWS.min(rows - start),
             column: 0,
             columns,
-            first: true,
-            epilogue: None,
+            before: None,
+            after: None,
+            epilogue: Epilogue::default(),
         };
         // SAFETY: runs are `depth` long, `b` has as many full rows, and the targets are whole rows of `c`.
         unsafe { tile.compute(simd) };

@@ -6,7 +6,7 @@ use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::Result;
 use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, Statistics};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -170,7 +170,7 @@ impl ConvBn {
         let inputs_need = x.requires_grad() || residual.is_some_and(Tensor::requires_grad);
         let parameters_need = autograd::is_enabled() && self.parameters().iter().any(|p| p.is_trainable());
         if !inputs_need && !parameters_need && !self.bn.takes_batch_statistics(training) {
-            return ops::fused_conv2d(x, &*self.fused()?, residual, relu);
+            return ops::fused_conv2d(x, &*self.fused(x.dtype())?, residual, relu);
         }
         let weight = self.weight.tensor();
         let (y, taken) = match self.bn.takes_batch_statistics(training) {
@@ -180,17 +180,17 @@ impl ConvBn {
         self.bn.forward(&y, taken, residual, relu, training)
     }
 
-    fn fused(&self) -> Result<Arc<FusedConv2d>> {
+    fn fused(&self, dtype: DType) -> Result<Arc<FusedConv2d>> {
         let bn = &self.bn;
         // Versions only grow, so that their sum changes whenever one does.
         let sources = [&self.weight, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var];
         let version = sources.iter().map(|p| p.version()).sum();
         let mut cache = self.fused.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         match &*cache {
-            Some((made_from, fused)) if *made_from == version => Ok(fused.clone()),
+            Some((made_from, fused)) if *made_from == version && fused.dtype() == dtype => Ok(fused.clone()),
             _ => {
                 let (scale, shift) = bn.scale_and_shift()?;
-                let fused = Arc::new(FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params)?);
+                let fused = Arc::new(FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params, dtype)?);
                 *cache = Some((version, fused.clone()));
                 Ok(fused)
             }

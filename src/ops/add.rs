@@ -3,7 +3,7 @@
 use super::{require_float, require_one_device};
 use crate::autograd::record;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// The elementwise sum of two tensors of one shape.
@@ -14,7 +14,9 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         return Err(Error::shape("add", "two tensors of one shape", &[a.dims(), b.dims()]));
     }
     let c = match a.device() {
-        Device::Cpu => Tensor::build(a.shape().clone(), |c| cpu::elementwise::add(a.as_slice(), b.as_slice(), c)),
+        Device::Cpu => with_float!(a.dtype(), T => {
+            Tensor::build(a.shape().clone(), |c| cpu::elementwise::add::<T>(a.as_slice(), b.as_slice(), c))
+        }),
         Device::Cuda => cuda::elementwise::add(a, b)?,
     };
     Ok(record("add", c, &[a, b], |_| Box::new(|dc, _| Ok(vec![Some(dc.clone()), Some(dc)]))))

@@ -8,10 +8,10 @@
 
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::{elementwise, norm};
+use crate::cpu::{Float, elementwise, norm};
 use crate::cuda;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, Tensor, with_float};
 
 /// Statistics of a batch, for the running averages.
 #[derive(Clone)]
@@ -115,7 +115,9 @@ fn take(x: &Tensor, channels: usize) -> Result<BatchStatistics> {
         Device::Cpu => {
             let mut variance = None;
             let mean = Tensor::build([channels], |mean| {
-                variance = Some(Tensor::build([channels], |variance| norm::statistics(x.as_slice(), mean, variance)));
+                variance = Some(Tensor::build([channels], |variance| {
+                    with_float!(x.dtype(), T => norm::statistics::<T>(x.as_slice(), mean, variance));
+                }));
             });
             Ok(BatchStatistics { mean, variance: variance.expect("just built"), count })
         }
@@ -135,11 +137,11 @@ pub(crate) fn reciprocal_deviation(variance: &[f32], eps: f32) -> Vec<f32> {
 fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<usize>) -> Result<Tensor> {
     let Norm { gamma, beta, eps, residual, relu } = how;
     let y = match x.device() {
-        Device::Cpu => Tensor::build(x.shape().clone(), |y| {
+        Device::Cpu => with_float!(x.dtype(), T => Tensor::build(x.shape().clone(), |y| {
             let rstd = reciprocal_deviation(variance.as_slice(), eps);
             let (scale, shift) = scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd);
-            norm::affine(x.as_slice(), &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
-        }),
+            norm::affine::<T>(x.as_slice(), &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
+        })),
         Device::Cuda => {
             let affine = cuda::norm::Affine { gamma, beta, mean, variance, eps };
             cuda::norm::normalise(x, affine, residual, relu)?
@@ -159,7 +161,7 @@ fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<
             count,
         };
         Box::new(move |dy, needs| match dy.device() {
-            Device::Cpu => saved.backward(dy, needs),
+            Device::Cpu => with_float!(dy.dtype(), T => saved.backward::<T>(dy, needs)),
             Device::Cuda => saved.backward_on_cuda(dy, needs),
         })
     }))
@@ -178,9 +180,9 @@ struct Saved {
 }
 
 impl Saved {
-    fn backward(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+    fn backward<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let g = match &self.y {
-            Some(y) => dy.map_in_place(|dy| elementwise::relu_backward(y.as_slice(), dy)),
+            Some(y) => dy.map_in_place(|dy| elementwise::relu_backward::<T>(y.as_slice(), dy)),
             None => dy,
         };
         let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
@@ -188,12 +190,12 @@ impl Saved {
         let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
         // Batch statistics need both sums for the input's gradient as well.
         if self.count.is_some() || needs[1] || needs[2] {
-            norm::parameter_gradients(self.x.as_slice(), g.as_slice(), mean, &rstd, &mut dgamma, &mut dbeta);
+            norm::parameter_gradients::<T>(self.x.as_slice(), g.as_slice(), mean, &rstd, &mut dgamma, &mut dbeta);
         }
         let dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
         let dx = needs[0].then(|| {
             let [a, b, c] = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
-            g.map_in_place(|g| norm::backward_input(self.x.as_slice(), &a, &b, &c, g))
+            g.map_in_place(|g| norm::backward_input::<T>(self.x.as_slice(), &a, &b, &c, g))
         });
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
         let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;

@@ -10,7 +10,7 @@ use crate::cpu::Isa;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Device, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// Stride and zero padding, for rows and for columns.
@@ -49,8 +49,8 @@ impl Conv2dParams {
     }
 }
 
-/// Convolves `x` `[N, H, W, C]` with `weight` `[O, KH, KW, C]` and adds `bias` `[O]`; gives `[N, OH, OW, O]`. On CUDA `x` may
-/// be BF16, and so is the result then; filters and their gradients are F32 all the same.
+/// Convolves `x` `[N, H, W, C]` with `weight` `[O, KH, KW, C]` and adds `bias` `[O]`; gives `[N, OH, OW, O]`. If `x` is
+/// BF16, so is the result; filters and their gradients are F32 all the same.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, params: Conv2dParams) -> Result<Tensor> {
     Ok(convolve(x, weight, bias, params, false)?.0)
 }
@@ -81,11 +81,11 @@ fn convolve(
     let [oh, ow] = shape.output();
     let mut statistics = None;
     let y = match x.device() {
-        Device::Cpu => Tensor::build([shape.n, oh, ow, shape.o], |y| {
-            let packed = cpu::conv::pack_filter(Isa::current(), weight.as_slice(), &shape);
+        Device::Cpu => with_float!(x.dtype(), T => Tensor::build([shape.n, oh, ow, shape.o], |y| {
+            let packed = cpu::conv::pack_filter::<T>(Isa::current(), weight.as_slice(), &shape);
             let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
             cpu::conv::forward(x.as_slice(), &packed, &shape, epilogue, y)
-        }),
+        })),
         Device::Cuda => {
             let packed = cuda::conv::pack_filter(weight, &shape, x.dtype())?;
             let epilogue = cuda::conv::Epilogue { bias, ..Default::default() };
@@ -108,23 +108,25 @@ fn convolve(
                 let dbias = needs.get(2).map(|&needed| needed.then(sums).transpose());
                 return Ok([dx, dweight].into_iter().chain(dbias.transpose()?).collect());
             }
-            let dy_slice = dy.as_slice::<f32>();
             let isa = Isa::current();
-            let dx = saved_weight.map(|weight| {
-                Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
-                    cpu::conv::backward_input(isa, dy_slice, weight.as_slice(), &shape, dx)
-                })
-            });
-            let dweight = saved_x.map(|x| {
-                Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| {
-                    cpu::conv::backward_filter(isa, x.as_slice(), dy_slice, &shape, dw)
-                })
-            });
-            let mut gradients = vec![dx, dweight];
-            if let Some(&needed) = needs.get(2) {
-                gradients.push(needed.then(|| Tensor::build([shape.o], |db| cpu::norm::column_sums(dy_slice, db))));
-            }
-            Ok(gradients)
+            with_float!(dy.dtype(), T => {
+                let dy = dy.as_slice::<T>();
+                let dx = saved_weight.map(|weight| {
+                    Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
+                        cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), &shape, dx)
+                    })
+                });
+                let dweight = saved_x.map(|x| {
+                    Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| {
+                        cpu::conv::backward_filter::<T>(isa, x.as_slice(), dy, &shape, dw)
+                    })
+                });
+                let mut gradients = vec![dx, dweight];
+                if let Some(&needed) = needs.get(2) {
+                    gradients.push(needed.then(|| Tensor::build([shape.o], |db| cpu::norm::column_sums::<T>(dy, db))));
+                }
+                Ok(gradients)
+            })
         })
     });
     Ok((y, statistics))

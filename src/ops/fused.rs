@@ -9,34 +9,31 @@ use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::{Epilogue, PackedB};
 use crate::cpu::winograd::{self, WinogradFilter};
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 use crate::{cpu, cuda};
-use std::sync::Mutex;
+use half::bf16;
 
-/// Filters, packed for the algorithm that suits their shape.
+/// Filters and bias, packed for a device, a type of activations, and the algorithm that suits their shape.
 enum Filter {
-    Direct(PackedB),
-    Winograd(WinogradFilter),
-    /// On the card: folded, `[O, KH, KW, C]` in f32; the bias; and what the kernels read for a type of activations.
-    Cuda {
-        folded: Tensor,
-        bias: Tensor,
-        packed: Mutex<Option<Tensor>>,
-    },
+    Direct(PackedB<f32>, Vec<f32>),
+    Winograd(WinogradFilter, Vec<f32>),
+    Bf16(PackedB<bf16>, Vec<f32>),
+    Cuda { filter: Tensor, bias: Tensor },
 }
 
-/// A filter with the batch norm after it folded in, packed for the device.
+/// A filter with the batch norm after it folded in, packed for a device and a type of activations.
 pub struct FusedConv2d {
     filter: Filter,
-    bias: Vec<f32>,
+    dtype: DType,
     /// `[O, KH, KW, C]`.
     dims: [usize; 4],
     params: Conv2dParams,
 }
 
 impl FusedConv2d {
-    /// Folds `scale` and `shift`, one value for each output channel, into `weight` `[O, KH, KW, C]`.
-    pub fn new(weight: &Tensor, scale: &[f32], shift: &[f32], params: Conv2dParams) -> Result<Self> {
+    /// Folds `scale` and `shift`, one value for each output channel, into `weight` `[O, KH, KW, C]`, for activations of type
+    /// `dtype` on the weight's device.
+    pub fn new(weight: &Tensor, scale: &[f32], shift: &[f32], params: Conv2dParams, dtype: DType) -> Result<Self> {
         require_f32("fused_conv2d", &[weight])?;
         let &[o, kh, kw, c] = weight.dims() else {
             return Err(Error::shape("fused_conv2d", "filters [O, KH, KW, C]", &[weight.dims()]));
@@ -52,18 +49,27 @@ impl FusedConv2d {
         for (filter, scale) in folded.chunks_exact_mut(kh * kw * c).zip(scale) {
             filter.iter_mut().for_each(|w| *w *= scale);
         }
-        let (isa, dims) = (Isa::current(), [o, kh, kw, c]);
-        if weight.device() == Device::Cuda {
-            let folded = Tensor::from_slice(&folded, dims)?.to_device(Device::Cuda)?;
-            let bias = Tensor::from_slice(shift, [o])?.to_device(Device::Cuda)?;
-            let filter = Filter::Cuda { folded, bias, packed: Mutex::default() };
-            return Ok(FusedConv2d { filter, bias: Vec::new(), dims, params });
-        }
-        let filter = match winograd::applies(isa, dims, params.stride, params.padding) {
-            true => Filter::Winograd(WinogradFilter::new(isa, &folded, o, c)),
-            false => Filter::Direct(PackedB::from_columns(isa, &folded, kh * kw * c, o)),
+        let (isa, dims, bias) = (Isa::current(), [o, kh, kw, c], shift.to_vec());
+        // Packing asks for the filter's extents alone.
+        let shape = ConvShape { n: 0, h: kh, w: kw, c, o, kh, kw, stride: params.stride, padding: params.padding };
+        let filter = match (weight.device(), dtype) {
+            (Device::Cuda, _) => {
+                let folded = Tensor::from_slice(&folded, dims)?.to_device(Device::Cuda)?;
+                let bias = Tensor::from_slice(shift, [o])?.to_device(Device::Cuda)?;
+                Filter::Cuda { filter: cuda::conv::pack_filter(&folded, &shape, dtype)?, bias }
+            }
+            (Device::Cpu, DType::BF16) => Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape), bias),
+            (Device::Cpu, _) if winograd::applies(isa, dims, params.stride, params.padding) => {
+                Filter::Winograd(WinogradFilter::new(isa, &folded, o, c), bias)
+            }
+            (Device::Cpu, _) => Filter::Direct(cpu::conv::pack_filter(isa, &folded, &shape), bias),
         };
-        Ok(FusedConv2d { filter, bias: shift.to_vec(), dims, params })
+        Ok(FusedConv2d { filter, dtype, dims, params })
+    }
+
+    /// The type of activations that it is packed for.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 }
 
@@ -78,25 +84,25 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
             return Err(Error::shape("fused_conv2d", format!("a residual of {dims:?}"), &[residual.dims()]));
         }
     }
-    let on_cpu = || Epilogue { bias: Some(&conv.bias), residual: residual.map(|r| r.as_slice()), relu };
-    match (&conv.filter, x.device()) {
-        (Filter::Direct(filter), Device::Cpu) => {
-            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, on_cpu(), y)))
+    match (&conv.filter, x.device(), x.dtype()) {
+        (Filter::Direct(filter, bias), Device::Cpu, DType::F32) => {
+            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
+            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y)))
         }
-        (Filter::Winograd(filter), Device::Cpu) => {
-            Ok(Tensor::build(dims, |y| winograd::forward(x.as_slice(), filter, &shape, on_cpu(), y)))
+        (Filter::Winograd(filter, bias), Device::Cpu, DType::F32) => {
+            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
+            Ok(Tensor::build(dims, |y| winograd::forward(x.as_slice(), filter, &shape, epilogue, y)))
         }
-        (Filter::Cuda { folded, bias, packed }, Device::Cuda) => {
-            let mut packed = packed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let filter = match &*packed {
-                Some(filter) if filter.dtype() == x.dtype() => filter.clone(),
-                _ => packed.insert(cuda::conv::pack_filter(folded, &shape, x.dtype())?).clone(),
-            };
+        (Filter::Bf16(filter, bias), Device::Cpu, DType::BF16) => {
+            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
+            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y)))
+        }
+        (Filter::Cuda { filter, bias }, Device::Cuda, dtype) if dtype == conv.dtype => {
             let epilogue = cuda::conv::Epilogue { bias: Some(bias), residual, relu };
-            Ok(cuda::conv::forward(x, &filter, &shape, epilogue, false)?.0)
+            Ok(cuda::conv::forward(x, filter, &shape, epilogue, false)?.0)
         }
-        _ => {
-            let problem = format!("an input on {}, but filters elsewhere", x.device());
+        (_, device, dtype) => {
+            let problem = format!("an input of {dtype:?} on {device}, but filters for {:?}, or elsewhere", conv.dtype);
             Err(Error::Argument { op: "fused_conv2d", problem })
         }
     }

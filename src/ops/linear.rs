@@ -26,8 +26,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
     let isa = Isa::current();
     let y = match x.device() {
-        Device::Cpu => Tensor::build([n, outputs], |y| {
-            let packed = PackedB::from_columns(isa, weight.as_slice(), inputs, outputs);
+        Device::Cpu => Tensor::build([n, outputs], |y: &mut [f32]| {
+            let packed = PackedB::from_columns(isa, weight.as_slice(), inputs, outputs, inputs);
             let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
             multiply(x.as_slice(), &Gather::matrix(n, inputs), &packed, y, epilogue)
         }),
@@ -48,7 +48,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             let rows = Gather::matrix(n, outputs);
             let dx = saved_weight.map(|weight| {
                 Tensor::build([n, inputs], |dx| {
-                    let packed = PackedB::from_rows(isa, weight.as_slice(), outputs, inputs, |row| row * inputs);
+                    let weight = weight.as_slice();
+                    let packed = PackedB::from_rows(isa, weight, outputs, inputs, outputs, |row| row * inputs);
                     multiply(dy, &rows, &packed, dx, Epilogue::default())
                 })
             });

@@ -20,8 +20,8 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     };
     let isa = Isa::current();
     let c = match a.device() {
-        Device::Cpu => Tensor::build([m, n], |c| {
-            let packed = PackedB::from_rows(isa, b.as_slice(), k, n, |row| row * n);
+        Device::Cpu => Tensor::build([m, n], |c: &mut [f32]| {
+            let packed = PackedB::from_rows(isa, b.as_slice(), k, n, k, |row| row * n);
             multiply(a.as_slice(), &Gather::matrix(m, k), &packed, c, Epilogue::default())
         }),
         Device::Cuda => cuda_multiply(a, b, Layout::Nn, None)?,
@@ -38,7 +38,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             let dc = dc.as_slice::<f32>();
             let da = saved_b.map(|b| {
                 Tensor::build([m, k], |da| {
-                    let packed = PackedB::from_columns(isa, b.as_slice(), n, k);
+                    let packed = PackedB::from_columns(isa, b.as_slice(), n, k, n);
                     multiply(dc, &Gather::matrix(m, n), &packed, da, Epilogue::default())
                 })
             });

@@ -30,7 +30,7 @@ pub use relu::relu;
 pub use reshape::reshape;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Tensor};
 
 /// An error unless every tensor holds f32.
 fn require_f32(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
@@ -40,10 +40,10 @@ fn require_f32(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     }
 }
 
-/// An error unless every tensor holds f32, or bf16 on CUDA; all the same.
+/// An error unless every tensor holds f32, or every one bf16.
 fn require_float(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     match tensors {
-        [first, rest @ ..] if first.dtype() == DType::BF16 && first.device() == Device::Cuda => {
+        [first, rest @ ..] if first.dtype() == DType::BF16 => {
             match rest.iter().find(|other| other.dtype() != DType::BF16) {
                 Some(other) => {
                     Err(Error::Argument { op, problem: format!("expected BF16 elements, got {:?}", other.dtype()) })

@@ -4,7 +4,7 @@ use super::require_float;
 use crate::autograd::record;
 use crate::cpu::pool::PoolShape;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// The maximum of every `kernel` by `kernel` window of `x` `[N, H, W, C]`, `stride` apart; padding is never the maximum.
@@ -32,7 +32,9 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
         Device::Cpu => {
             let mut y = None;
             let places = Tensor::build(dims, |places| {
-                y = Some(Tensor::build(dims, |y| cpu::pool::max_pool(x.as_slice(), &shape, y, places)));
+                y = Some(with_float!(x.dtype(), T => {
+                    Tensor::build(dims, |y| cpu::pool::max_pool::<T>(x.as_slice(), &shape, y, places))
+                }));
             });
             (y.expect("just built"), places)
         }
@@ -41,9 +43,9 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
     Ok(record("max_pool2d", y, &[x], |_| {
         Box::new(move |dy, _| {
             Ok(vec![Some(match dy.device() {
-                Device::Cpu => Tensor::build([n, h, w, c], |dx| {
-                    cpu::pool::max_pool_backward(dy.as_slice(), places.as_slice(), &shape, dx)
-                }),
+                Device::Cpu => with_float!(dy.dtype(), T => Tensor::build([n, h, w, c], |dx| {
+                    cpu::pool::max_pool_backward::<T>(dy.as_slice(), places.as_slice(), &shape, dx)
+                })),
                 Device::Cuda => cuda::pool::max_pool_backward(&dy, &places, &shape)?,
             })])
         })
@@ -58,16 +60,18 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
         _ => return Err(Error::shape("global_avg_pool", "[N, H, W, C] with at least a pixel", &[x.dims()])),
     };
     let y = match x.device() {
-        Device::Cpu => Tensor::build([n, c], |y| cpu::pool::global_average(x.as_slice(), h * w, c, y)),
+        Device::Cpu => with_float!(x.dtype(), T => {
+            Tensor::build([n, c], |y| cpu::pool::global_average::<T>(x.as_slice(), h * w, c, y))
+        }),
         Device::Cuda => cuda::pool::average_pool(x)?,
     };
     let dtype = x.dtype();
     Ok(record("global_avg_pool", y, &[x], |_| {
         Box::new(move |dy, _| {
             Ok(vec![Some(match dy.device() {
-                Device::Cpu => {
-                    Tensor::build([n, h, w, c], |dx| cpu::pool::global_average_backward(dy.as_slice(), h * w, c, dx))
-                }
+                Device::Cpu => with_float!(dtype, T => Tensor::build([n, h, w, c], |dx| {
+                    cpu::pool::global_average_backward::<T>(dy.as_slice(), h * w, c, dx)
+                })),
                 Device::Cuda => cuda::pool::average_pool_backward(&dy, &[n, h, w, c], dtype)?,
             })])
         })

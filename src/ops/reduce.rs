@@ -3,7 +3,7 @@
 use super::{require_f32, require_float};
 use crate::autograd::record;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Device, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// The sum of all elements, a scalar. Accumulated in f64.
@@ -41,13 +41,17 @@ fn reduce(op: &'static str, x: &Tensor, factor: f64) -> Result<Tensor> {
 pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
     require_float("scale", &[x])?;
     let y = match x.device() {
-        Device::Cpu => x.detach().map_in_place(|x| cpu::elementwise::scale(x, factor)),
+        Device::Cpu => {
+            with_float!(x.dtype(), T => x.detach().map_in_place(|x| cpu::elementwise::scale::<T>(x, factor)))
+        }
         Device::Cuda => cuda::elementwise::scale(x, factor, None)?,
     };
     Ok(record("scale", y, &[x], |_| {
         Box::new(move |dy, _| {
             Ok(vec![Some(match dy.device() {
-                Device::Cpu => dy.map_in_place(|dy| cpu::elementwise::scale(dy, factor)),
+                Device::Cpu => {
+                    with_float!(dy.dtype(), T => dy.map_in_place(|dy| cpu::elementwise::scale::<T>(dy, factor)))
+                }
                 Device::Cuda => cuda::elementwise::scale(&dy, factor, None)?,
             })])
         })

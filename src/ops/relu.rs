@@ -3,14 +3,16 @@
 use super::require_float;
 use crate::autograd::record;
 use crate::error::Result;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// The rectifier. NaN stays NaN.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     require_float("relu", &[x])?;
     let y = match x.device() {
-        Device::Cpu => Tensor::build(x.shape().clone(), |y| cpu::elementwise::relu(x.as_slice(), y)),
+        Device::Cpu => with_float!(x.dtype(), T => {
+            Tensor::build(x.shape().clone(), |y| cpu::elementwise::relu::<T>(x.as_slice(), y))
+        }),
         Device::Cuda => cuda::elementwise::relu(x)?,
     };
     // The rule keeps the output, which the next layer keeps as well, rather than the input, which nobody else needs.
@@ -18,7 +20,9 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
         let y = y.clone();
         Box::new(move |dy, _| {
             Ok(vec![Some(match dy.device() {
-                Device::Cpu => dy.map_in_place(|dy| cpu::elementwise::relu_backward(y.as_slice(), dy)),
+                Device::Cpu => with_float!(dy.dtype(), T => {
+                    dy.map_in_place(|dy| cpu::elementwise::relu_backward::<T>(y.as_slice(), dy))
+                }),
                 Device::Cuda => cuda::elementwise::relu_backward(&y, &dy)?,
             })])
         })

@@ -5,7 +5,7 @@
 pub enum DType {
     /// 32-bit IEEE floating point: activations, parameters, gradients.
     F32,
-    /// The upper half of F32: activations on CUDA under `--precision bf16`.
+    /// The upper half of F32: activations under `--precision bf16`.
     BF16,
     /// 64-bit signed integers: labels, as PyTorch has them.
     I64,
@@ -24,6 +24,23 @@ impl DType {
         }
     }
 }
+
+/// Compiles an expression for the type of activations at hand: `with_float!(x.dtype(), T => kernel::<T>(x.as_slice()))`.
+macro_rules! with_float {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            _ => {
+                type $T = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_float;
 
 /// Rust types that tensors can hold.
 pub trait Element: bytemuck::Pod + Send + Sync {

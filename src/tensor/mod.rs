@@ -9,6 +9,7 @@ pub mod pool;
 mod shape;
 mod storage;
 
+pub(crate) use dtype::with_float;
 pub use dtype::{DType, Element};
 pub use shape::Shape;
 pub use storage::{CpuBuffer, Device, Storage};
@@ -190,6 +191,7 @@ impl Tensor {
 
     /// The same values as F32 or BF16, without history; the tensor itself if it is of that type.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        use crate::cpu::float::convert;
         use half::bf16;
         match (self.device(), self.dtype(), dtype) {
             (_, from, to) if from == to => Ok(self.detach()),
@@ -197,12 +199,10 @@ impl Tensor {
                 crate::cuda::elementwise::convert(self, dtype)
             }
             (Device::Cpu, DType::F32, DType::BF16) => {
-                let values: Vec<bf16> = self.as_slice::<f32>().iter().map(|&x| bf16::from_f32(x)).collect();
-                Self::from_slice(&values, self.shape().clone())
+                Ok(Self::build(self.shape().clone(), |y: &mut [bf16]| convert(self.as_slice::<f32>(), y)))
             }
             (Device::Cpu, DType::BF16, DType::F32) => {
-                let values: Vec<f32> = self.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect();
-                Self::from_slice(&values, self.shape().clone())
+                Ok(Self::build(self.shape().clone(), |y: &mut [f32]| convert(self.as_slice::<bf16>(), y)))
             }
             (_, from, _) => {
                 let problem = format!("{from:?} to {dtype:?}, expected F32 and BF16");
@@ -278,11 +278,11 @@ impl Tensor {
 
     /// A tensor like this one whose elements `change` has altered in place: in this very buffer if nothing else shares
     /// it, in a copy otherwise. The history is dropped.
-    pub(crate) fn map_in_place(self, change: impl FnOnce(&mut [f32])) -> Tensor {
+    pub(crate) fn map_in_place<T: Element>(self, change: impl FnOnce(&mut [T])) -> Tensor {
         let shape = self.shape().clone();
         let mut buffer = match self.into_unique_buffer() {
             Ok(buffer) => buffer,
-            Err(shared) => CpuBuffer::from_slice(shared.as_slice::<f32>()),
+            Err(shared) => CpuBuffer::from_slice(shared.as_slice::<T>()),
         };
         change(buffer.as_mut_slice());
         Tensor::from_buffer(shape, buffer)

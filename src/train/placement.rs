@@ -16,7 +16,7 @@ pub enum Precision {
     F32,
     /// f32, multiplied with 11 bits on tensor cores; on CUDA.
     Tf32,
-    /// 8 bits of mantissa, summed in f32; on CUDA.
+    /// 8 bits of mantissa, summed in f32.
     Bf16,
 }
 
@@ -33,9 +33,11 @@ impl Placement {
     /// Checks that the device works and can do it, and makes it ready.
     pub fn new(device: Device, precision: Precision) -> Result<Placement> {
         match device {
-            Device::Cpu if precision != Precision::F32 => {
-                let problem = format!("the CPU computes in f32, not in {precision:?}").to_lowercase();
-                return Err(Error::config(problem, "give --device cuda or --precision f32"));
+            Device::Cpu if precision == Precision::Tf32 => {
+                return Err(Error::config(
+                    "tf32 is for tensor cores",
+                    "give --precision f32 or bf16, or --device cuda",
+                ));
             }
             Device::Cpu => {}
             Device::Cuda => {

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
 use crate::ops::{self, CrossEntropy, cross_entropy};
 use crate::optim::Optimizer;
-use crate::tensor::{Device, Storage, Tensor};
+use crate::tensor::{Device, Storage, Tensor, with_float};
 use std::sync::Arc;
 
 /// Index that sets the generators of batches apart from those of pictures.
@@ -271,6 +271,6 @@ fn slice(x: &Tensor, rows: &std::ops::Range<usize>) -> Result<Tensor> {
         Storage::Cpu(_) if x.dtype() == crate::tensor::DType::I64 => {
             Tensor::from_slice(&x.as_slice::<i64>()[range], dims)
         }
-        Storage::Cpu(_) => Tensor::from_slice(&x.as_slice::<f32>()[range], dims),
+        Storage::Cpu(_) => with_float!(x.dtype(), T => Tensor::from_slice(&x.as_slice::<T>()[range], dims)),
     }
 }

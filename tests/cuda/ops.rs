@@ -202,12 +202,12 @@ fn every_tile_with_every_epilogue() {
             // The bf16 kernels are given folded filters, which they round: scales are powers of two.
             let scale: Vec<f32> = (0..case.o).map(|i| [0.5, 1.0, 2.0][i % 3]).collect();
             let shift = random(&[case.o], 4).to_vec::<f32>();
-            let fused = FusedConv2d::new(&weight, &scale, &shift, case.params()).unwrap();
+            let fused = FusedConv2d::new(&weight, &scale, &shift, case.params(), DType::F32).unwrap();
             let plain = ops::fused_conv2d(&x, &fused, None, false).unwrap();
             let residual = rounded(&random(plain.dims(), 5));
             let want = ops::fused_conv2d(&x, &fused, Some(&residual), true).unwrap();
             let on_cuda = to_cuda(&weight, DType::F32);
-            let fused = FusedConv2d::new(&on_cuda, &scale, &shift, case.params()).unwrap();
+            let fused = FusedConv2d::new(&on_cuda, &scale, &shift, case.params(), dtype).unwrap();
             let (x_cuda, residual) = (to_cuda(&x, dtype), to_cuda(&residual, dtype));
             let got = ops::fused_conv2d(&x_cuda, &fused, Some(&residual), true).unwrap();
             assert_close(&format!("{precision} {case:?}"), &got, &want, tolerance);

@@ -1,4 +1,5 @@
 use crate::support::*;
+use hone::DType;
 use hone::cpu::Isa;
 use hone::cpu::conv::{self, ConvShape};
 use hone::cpu::gemm::Epilogue;
@@ -139,7 +140,7 @@ fn fused_equals_its_parts() {
         let (x, w) = (tensor(&[2, 7, 6, c], 1), tensor(&[o, 3, 3, c], 2));
         let (scale, shift) = (values(o, 3), values(o, 4));
         let params = Conv2dParams::new(2, 1);
-        let conv = FusedConv2d::new(&w, &scale, &shift, params).unwrap();
+        let conv = FusedConv2d::new(&w, &scale, &shift, params, DType::F32).unwrap();
         let plain = conv2d(&x, &w, None, params).unwrap();
         let residual = tensor(plain.dims(), 5);
         for (with_residual, relu) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -161,7 +162,8 @@ fn nan_is_not_hidden() {
     let mut x = values(3 * 3 * 2, 1);
     x[9] = f32::NAN;
     let x = Tensor::from_slice(&x, [1, 3, 3, 2]).unwrap();
-    let conv = FusedConv2d::new(&tensor(&[4, 3, 3, 2], 2), &[1.0; 4], &[0.0; 4], Conv2dParams::new(1, 1)).unwrap();
+    let conv =
+        FusedConv2d::new(&tensor(&[4, 3, 3, 2], 2), &[1.0; 4], &[0.0; 4], Conv2dParams::new(1, 1), DType::F32).unwrap();
     let y = fused_conv2d(&x, &conv, None, true).unwrap();
     assert!(y.as_slice::<f32>().iter().all(|y| y.is_nan()));
 }
@@ -233,7 +235,13 @@ fn winograd_is_for_what_it_suits() {
 #[test]
 fn company_changes_no_bit() {
     for (c, o, h) in [(64, 64, 9), (3, 64, 20), (512, 64, 3)] {
-        let conv = FusedConv2d::new(&tensor(&[o, 3, 3, c], 2), &vec![1.0; o], &vec![0.0; o], Conv2dParams::new(1, 1));
+        let conv = FusedConv2d::new(
+            &tensor(&[o, 3, 3, c], 2),
+            &vec![1.0; o],
+            &vec![0.0; o],
+            Conv2dParams::new(1, 1),
+            DType::F32,
+        );
         let conv = conv.unwrap();
         let batch = tensor(&[5, h, h, c], 1);
         let all = fused_conv2d(&batch, &conv, None, false).unwrap().to_vec::<f32>();

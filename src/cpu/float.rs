@@ -1,0 +1,179 @@
+//! The types of activations: f32 and bf16.
+//!
+//! Products read both as 32-bit words: one f32, or a pair of bf16 that one instruction multiplies with another pair. So the
+//! kernels of [`super::gemm`] are the same for both but for that instruction, and depth is counted in words. Everything else
+//! computes in f32: a piece of bf16 is widened on the way in and rounded on the way out, within the nearest cache.
+
+use super::simd::{Isa, Simd, Task, dispatch};
+use crate::tensor::Element;
+use crate::tensor::pool::Scratch;
+use half::bf16;
+use rayon::prelude::*;
+
+/// A type of activations.
+pub trait Float: Element + Default + PartialOrd {
+    /// Values in a word.
+    const PER_WORD: usize;
+    /// Elements that a task works on where operations are bound by memory: a few such pieces fit L2, the widened ones L1.
+    const CHUNK: usize;
+    /// Less than everything.
+    const NEG_INFINITY: Self;
+
+    /// Rounded to the nearest.
+    fn from_f32(x: f32) -> Self;
+    /// Exactly.
+    fn to_f32(self) -> f32;
+    /// `c` plus the products of the values in the words of `a` and `b`.
+    fn multiply_words<S: Simd>(simd: S, a: S::V, b: S::V, c: S::V) -> S::V;
+    /// A vector of values from `p`.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `S::LANES` values.
+    unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
+    /// A vector of values to `p`, rounded.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `S::LANES` values.
+    unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
+
+    /// Calls `f` with the values as f32.
+    fn read<R>(x: &[Self], f: impl FnOnce(&[f32]) -> R) -> R;
+    /// Calls `f` with f32 that it must fill, and stores them.
+    fn write<R>(y: &mut [Self], f: impl FnOnce(&mut [f32]) -> R) -> R;
+    /// Calls `f` with the values as f32 to change, and stores them.
+    fn update<R>(y: &mut [Self], f: impl FnOnce(&mut [f32]) -> R) -> R;
+}
+
+impl Float for f32 {
+    const PER_WORD: usize = 1;
+    const CHUNK: usize = 1 << 15;
+    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn from_f32(x: f32) -> f32 {
+        x
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn multiply_words<S: Simd>(simd: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        simd.mul_add(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const f32) -> S::V {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { simd.load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut f32, v: S::V) {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { simd.store(p, v) }
+    }
+    fn read<R>(x: &[f32], f: impl FnOnce(&[f32]) -> R) -> R {
+        f(x)
+    }
+    fn write<R>(y: &mut [f32], f: impl FnOnce(&mut [f32]) -> R) -> R {
+        f(y)
+    }
+    fn update<R>(y: &mut [f32], f: impl FnOnce(&mut [f32]) -> R) -> R {
+        f(y)
+    }
+}
+
+impl Float for bf16 {
+    const PER_WORD: usize = 2;
+    const CHUNK: usize = 1 << 13;
+    const NEG_INFINITY: bf16 = bf16::NEG_INFINITY;
+
+    #[inline(always)]
+    fn from_f32(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    #[inline(always)]
+    fn multiply_words<S: Simd>(simd: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        simd.dot_pairs(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const bf16) -> S::V {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { simd.load_bf16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut bf16, v: S::V) {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { simd.store_bf16(p, v) }
+    }
+    fn read<R>(x: &[bf16], f: impl FnOnce(&[f32]) -> R) -> R {
+        let mut wide = Scratch::<f32>::take(x.len());
+        widen(x, &mut wide);
+        f(&wide)
+    }
+    fn write<R>(y: &mut [bf16], f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let mut wide = Scratch::<f32>::take(y.len());
+        let result = f(&mut wide);
+        narrow(&wide, y);
+        result
+    }
+    fn update<R>(y: &mut [bf16], f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let mut wide = Scratch::<f32>::take(y.len());
+        widen(y, &mut wide);
+        let result = f(&mut wide);
+        narrow(&wide, y);
+        result
+    }
+}
+
+/// `y = x`, on one thread.
+pub fn widen(x: &[bf16], y: &mut [f32]) {
+    struct Widen<'a>(&'a [bf16], &'a mut [f32]);
+    impl Task for Widen<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            for (x, y) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
+                if x.len() == S::LANES {
+                    // SAFETY: both pieces have `LANES` values.
+                    unsafe { simd.store(y.as_mut_ptr(), simd.load_bf16(x.as_ptr())) };
+                } else {
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = x.to_f32());
+                }
+            }
+        }
+    }
+    assert_eq!(x.len(), y.len());
+    dispatch(Isa::current(), Widen(x, y));
+}
+
+/// `y = x` rounded, on one thread.
+pub fn narrow(x: &[f32], y: &mut [bf16]) {
+    struct Narrow<'a>(&'a [f32], &'a mut [bf16]);
+    impl Task for Narrow<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            for (x, y) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
+                if x.len() == S::LANES {
+                    // SAFETY: both pieces have `LANES` values.
+                    unsafe { simd.store_bf16(y.as_mut_ptr(), simd.load(x.as_ptr())) };
+                } else {
+                    y.iter_mut().zip(x).for_each(|(y, &x)| *y = bf16::from_f32(x));
+                }
+            }
+        }
+    }
+    assert_eq!(x.len(), y.len());
+    dispatch(Isa::current(), Narrow(x, y));
+}
+
+/// `y = x`, on all threads.
+pub fn convert<A: Float, B: Float>(x: &[A], y: &mut [B]) {
+    y.par_chunks_mut(B::CHUNK).zip(x.par_chunks(B::CHUNK)).for_each(|(y, x)| {
+        A::read(x, |x| B::write(y, |y| y.copy_from_slice(x)));
+    });
+}
