@@ -2,7 +2,7 @@
 
 use super::args::Bench;
 use super::report;
-use crate::cpu::conv::{self, ConvShape};
+use crate::cpu::conv::{self, ConvShape, PackedFilter};
 use crate::cpu::gemm::Epilogue;
 use crate::cpu::{self, Isa};
 use crate::cuda;
@@ -87,6 +87,18 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
         Device::Cpu => with_float!(x.dtype(), T => {
             let isa = Isa::current();
             let packed = conv::pack_filter::<T>(isa, w.as_slice(), shape);
+            // What another algorithm than the direct product gains.
+            if matches!(packed, PackedFilter::Winograd(_)) {
+                let packed = conv::pack_filter_directly::<T>(isa, w.as_slice(), shape);
+                let mut out = y.to_vec::<T>();
+                passes.push((
+                    "direct",
+                    Box::new(move || {
+                        conv::forward_directly(x.as_slice(), &packed, shape, Epilogue::default(), &mut out);
+                        Ok(())
+                    }),
+                ));
+            }
             let mut out = y.to_vec::<T>();
             passes.push((
                 "forward",

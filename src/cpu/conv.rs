@@ -5,6 +5,7 @@ use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
+use super::winograd::{self, WinogradFilter};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -124,14 +125,38 @@ fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
     Cow::Owned(out)
 }
 
-/// Filters `[o, kh, kw, c]` packed for [`forward`].
-pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB<T> {
+/// Filters for [`forward`], prepared for the algorithm that suits their shape.
+pub enum PackedFilter<T> {
+    /// A product over the patches.
+    Direct(PackedB<T>),
+    /// F(4x4, 3x3).
+    Winograd(WinogradFilter),
+}
+
+/// Filters `[o, kh, kw, c]` prepared for [`forward`].
+pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedFilter<T> {
+    match winograd::applies(isa, shape, shape.c, shape.o) {
+        true => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
+        false => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
+    }
+}
+
+/// Filters `[o, kh, kw, c]` packed for [`forward_directly`].
+pub fn pack_filter_directly<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB<T> {
     let run = if shape.merges_taps() { shape.kw * shape.c } else { shape.c };
     PackedB::from_columns(isa, filter, shape.kh * shape.kw * shape.c, shape.o, run)
 }
 
 /// `y = epilogue(conv(x, filter))`.
-pub fn forward<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+    match filter {
+        PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
+        PackedFilter::Winograd(filter) => winograd::forward(x, filter, shape, epilogue, y),
+    }
+}
+
+/// [`forward`] as a product over the patches.
+pub fn forward_directly<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
     let run = shape.run::<T>();
     if shape.merges_taps() {
         multiply(&pad(x, shape, run), &shape.merged_patches(run), filter, y, epilogue);
@@ -140,9 +165,20 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShape, epilog
     }
 }
 
-/// Gradient to the input. Input positions that agree modulo the stride see the same taps of the filter: each such class is
-/// a convolution of `dy` with stride one, so a stride wastes no work on taps that fall between outputs.
+/// Gradient to the input.
 pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+    if winograd::applies(isa, shape, shape.o, shape.c) {
+        let filter = WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c);
+        let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
+        return winograd::forward(dy, &filter, &turned, Epilogue::default(), dx);
+    }
+    backward_input_directly(isa, dy, filter, shape, dx);
+}
+
+/// [`backward_input`] as products over patches of the output's gradient. Input positions that agree modulo the stride see the
+/// same taps of the filter: each such class is a convolution of `dy` with stride one, so a stride wastes no work on taps that
+/// fall between outputs.
+pub fn backward_input_directly<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
     let classes = stride_classes(shape, shape.o.next_multiple_of(T::PER_WORD));
     let dy = whole_words(dy, shape.o);
     if classes.iter().any(|(taps, _)| taps.is_empty()) {

@@ -36,6 +36,8 @@ pub trait Float: Element + Default + PartialOrd {
     /// `p` is valid for writing `S::LANES` values.
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
 
+    /// The words that hold one value of each of `PER_WORD` rows.
+    fn interleave(rows: &[&[Self]], out: &mut [Self]);
     /// Calls `f` with the values as f32.
     fn read<R>(x: &[Self], f: impl FnOnce(&[f32]) -> R) -> R;
     /// Calls `f` with f32 that it must fill, and stores them.
@@ -70,6 +72,10 @@ impl Float for f32 {
     unsafe fn store<S: Simd>(simd: S, p: *mut f32, v: S::V) {
         // SAFETY: the caller vouches for `p`.
         unsafe { simd.store(p, v) }
+    }
+    #[inline(always)]
+    fn interleave(rows: &[&[f32]], out: &mut [f32]) {
+        out.copy_from_slice(rows[0]);
     }
     fn read<R>(x: &[f32], f: impl FnOnce(&[f32]) -> R) -> R {
         f(x)
@@ -108,6 +114,14 @@ impl Float for bf16 {
     unsafe fn store<S: Simd>(simd: S, p: *mut bf16, v: S::V) {
         // SAFETY: the caller vouches for `p`.
         unsafe { simd.store_bf16(p, v) }
+    }
+    #[inline(always)]
+    fn interleave(rows: &[&[bf16]], out: &mut [bf16]) {
+        let words: &mut [u32] = bytemuck::cast_slice_mut(out);
+        let (low, high): (&[u16], &[u16]) = (bytemuck::cast_slice(rows[0]), bytemuck::cast_slice(rows[1]));
+        for ((word, &low), &high) in words.iter_mut().zip(low).zip(high) {
+            *word = u32::from(low) | u32::from(high) << 16;
+        }
     }
     fn read<R>(x: &[bf16], f: impl FnOnce(&[f32]) -> R) -> R {
         let mut wide = Scratch::<f32>::take(x.len());

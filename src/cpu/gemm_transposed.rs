@@ -20,6 +20,8 @@ use std::ops::Range;
 const SLICE: usize = 128;
 /// Values of A's runs that are interleaved together; as much as B's slice, so that both stay in L1.
 const PIECE: usize = 48;
+/// Rows of the result that are transposed together.
+const TRANSPOSED_ROWS: usize = 32;
 /// Rows of A and B that make one part.
 const PART: usize = 4096;
 /// The runs are divided among tasks until there are this many.
@@ -94,11 +96,17 @@ fn reduce(partial: &[f32], parts: usize, depth: usize, columns: usize, width: us
             }
         }),
         Order::ColumnMajor => c.par_chunks_mut(width * depth).enumerate().for_each(|(panel, out)| {
-            let mut row = vec![0.0; out_len(columns, panel, width)];
-            for k in 0..depth {
-                sum(panel, k, &mut row);
-                for (column, &value) in row.iter().enumerate() {
-                    out[column * depth + k] = value;
+            let columns = out_len(columns, panel, width);
+            // Transposed a few rows at a time, so that both sides stay in L1.
+            let mut rows = vec![0.0; TRANSPOSED_ROWS * columns];
+            for start in (0..depth).step_by(TRANSPOSED_ROWS) {
+                let count = TRANSPOSED_ROWS.min(depth - start);
+                for (k, row) in (start..start + count).zip(rows.chunks_exact_mut(columns)) {
+                    sum(panel, k, row);
+                }
+                for column in 0..columns {
+                    let out = &mut out[column * depth + start..][..count];
+                    out.iter_mut().zip(rows[column..].iter().step_by(columns)).for_each(|(out, &x)| *out = x);
                 }
             }
         }),
@@ -136,6 +144,7 @@ impl<T: Float> Task for Part<'_, T> {
         let rows_of_slice = SLICE * T::PER_WORD;
         // A padded tap reads zeros, and so does a row that fills the last word.
         let zeros = vec![T::default(); run];
+        let nothing = [T::default(); 64];
         let mut packed = Scratch::<T>::take(rows_of_slice * width);
         let mut pointers = vec![zeros.as_slice(); taps.len() * rows_of_slice];
         let mut interleaved = Scratch::<T>::take(if T::PER_WORD == 1 { 0 } else { rows_of_slice * PIECE });
@@ -145,20 +154,22 @@ impl<T: Float> Task for Part<'_, T> {
             let count = slice.len().next_multiple_of(T::PER_WORD);
             for i in 0..count {
                 let row = start + i;
-                let (word, place) = (i / T::PER_WORD, i % T::PER_WORD);
-                let packed_row = &mut packed[word * width * T::PER_WORD..][..width * T::PER_WORD];
-                let values: &[T] =
-                    if slice.contains(&row) { &b[gather.target_row(row) * stride..][columns.clone()] } else { &[] };
-                let mut packed_row = packed_row[place..].iter_mut().step_by(T::PER_WORD);
-                packed_row.by_ref().zip(values).for_each(|(packed, &value)| *packed = value);
-                packed_row.for_each(|packed| *packed = T::default());
                 let offsets = gather.offsets(row.min(slice.end - 1)).skip(taps.start).take(taps.len());
                 for (tap, offset) in offsets.enumerate() {
                     let padding = offset == PADDING || !slice.contains(&row);
                     pointers[tap * rows_of_slice + i] = if padding { &zeros } else { &a[offset..][..run] };
                 }
             }
-            let words_of_slice = count / T::PER_WORD;
+            let row_of_b = |row: usize| match slice.contains(&row) {
+                true => &b[gather.target_row(row) * stride..][columns.clone()],
+                false => &nothing[..columns.len()],
+            };
+            for (word, packed) in packed.chunks_exact_mut(width * T::PER_WORD).take(count / T::PER_WORD).enumerate() {
+                let first = start + word * T::PER_WORD;
+                let (values, rest) = packed.split_at_mut(columns.len() * T::PER_WORD);
+                T::interleave(&[row_of_b(first), row_of_b(first + T::PER_WORD - 1)], values);
+                rest.fill(T::default());
+            }
             for (pointers, out) in pointers.chunks_exact(rows_of_slice).zip(out.chunks_exact_mut(run * width)) {
                 let first = start == rows.start;
                 if T::PER_WORD == 1 {
@@ -169,26 +180,15 @@ impl<T: Float> Task for Part<'_, T> {
                 }
                 for begin in (0..run).step_by(PIECE) {
                     let piece = begin..run.min(begin + PIECE);
-                    interleave(&pointers[..count], piece.clone(), &mut interleaved);
                     words.clear();
-                    let rows = interleaved.chunks_exact(piece.len() * T::PER_WORD).take(words_of_slice);
-                    words.extend(rows.map(|row| row.as_ptr().cast()));
+                    let targets = interleaved.chunks_exact_mut(piece.len() * T::PER_WORD);
+                    for (target, rows) in targets.zip(pointers[..count].chunks_exact(T::PER_WORD)) {
+                        T::interleave(&[&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]], target);
+                        words.push(target.as_ptr().cast());
+                    }
                     multiply_runs(simd, &words, piece.len(), &packed, first, &mut out[begin * width..]);
                 }
             }
-        }
-    }
-}
-
-/// `out [word][value of the piece][row of the word]`.
-#[inline(always)]
-fn interleave<T: Float>(rows: &[&[T]], piece: Range<usize>, out: &mut [T]) {
-    let words = out.chunks_exact_mut(piece.len() * T::PER_WORD);
-    for (out, rows) in words.zip(rows.chunks_exact(T::PER_WORD)) {
-        let (low, high) = (&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]);
-        for ((out, &low), &high) in out.chunks_exact_mut(T::PER_WORD).zip(low).zip(high) {
-            out[0] = low;
-            out[T::PER_WORD - 1] = high;
         }
     }
 }

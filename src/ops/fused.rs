@@ -5,9 +5,8 @@
 
 use super::{Conv2dParams, require_f32, require_float};
 use crate::cpu::Isa;
-use crate::cpu::conv::ConvShape;
-use crate::cpu::gemm::{Epilogue, PackedB};
-use crate::cpu::winograd::{self, WinogradFilter};
+use crate::cpu::conv::{ConvShape, PackedFilter};
+use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Tensor};
 use crate::{cpu, cuda};
@@ -15,9 +14,8 @@ use half::bf16;
 
 /// Filters and bias, packed for a device, a type of activations, and the algorithm that suits their shape.
 enum Filter {
-    Direct(PackedB<f32>, Vec<f32>),
-    Winograd(WinogradFilter, Vec<f32>),
-    Bf16(PackedB<bf16>, Vec<f32>),
+    F32(PackedFilter<f32>, Vec<f32>),
+    Bf16(PackedFilter<bf16>, Vec<f32>),
     Cuda { filter: Tensor, bias: Tensor },
 }
 
@@ -59,10 +57,7 @@ impl FusedConv2d {
                 Filter::Cuda { filter: cuda::conv::pack_filter(&folded, &shape, dtype)?, bias }
             }
             (Device::Cpu, DType::BF16) => Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape), bias),
-            (Device::Cpu, _) if winograd::applies(isa, dims, params.stride, params.padding) => {
-                Filter::Winograd(WinogradFilter::new(isa, &folded, o, c), bias)
-            }
-            (Device::Cpu, _) => Filter::Direct(cpu::conv::pack_filter(isa, &folded, &shape), bias),
+            (Device::Cpu, _) => Filter::F32(cpu::conv::pack_filter(isa, &folded, &shape), bias),
         };
         Ok(FusedConv2d { filter, dtype, dims, params })
     }
@@ -85,13 +80,9 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
         }
     }
     match (&conv.filter, x.device(), x.dtype()) {
-        (Filter::Direct(filter, bias), Device::Cpu, DType::F32) => {
+        (Filter::F32(filter, bias), Device::Cpu, DType::F32) => {
             let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
             Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y)))
-        }
-        (Filter::Winograd(filter, bias), Device::Cpu, DType::F32) => {
-            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
-            Ok(Tensor::build(dims, |y| winograd::forward(x.as_slice(), filter, &shape, epilogue, y)))
         }
         (Filter::Bf16(filter, bias), Device::Cpu, DType::BF16) => {
             let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };

@@ -1,9 +1,10 @@
 use crate::support::*;
+use half::bf16;
 use hone::DType;
-use hone::cpu::Isa;
 use hone::cpu::conv::{self, ConvShape};
 use hone::cpu::gemm::Epilogue;
 use hone::cpu::winograd::{self, WinogradFilter};
+use hone::cpu::{Float, Isa};
 use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
 use hone::{Error, Tensor};
 use proptest::prelude::*;
@@ -40,8 +41,11 @@ struct Case {
     want: [Vec<f64>; 3],
 }
 
-fn case(shape: ConvShape) -> Case {
+fn case<T: Float>(shape: ConvShape) -> Case {
     let [oh, ow] = shape.output();
+    let values = |len: usize, seed: u64| -> Vec<f32> {
+        values(len, seed).into_iter().map(|x| T::from_f32(x).to_f32()).collect()
+    };
     let x = values(shape.n * shape.h * shape.w * shape.c, 1);
     let w = values(shape.o * shape.kh * shape.kw * shape.c, 2);
     let dy = values(shape.n * oh * ow * shape.o, 3);
@@ -56,18 +60,35 @@ fn case(shape: ConvShape) -> Case {
 
 /// All three passes under every instruction set of the machine.
 fn check(shape: ConvShape) {
-    let Case { shape, x, w, dy, want } = case(shape);
+    check_in::<f32>(shape, 1e-5, 3e-5);
+    check_in::<bf16>(shape, 5e-3, 5e-3);
+}
+
+/// `tolerance` is for sums of products as they are, `transformed` for what Winograd's algorithm may have computed.
+fn check_in<T: Float>(shape: ConvShape, tolerance: f64, transformed: f64) {
+    let Case { shape, x, w, dy, want } = case::<T>(shape);
+    let narrow = |values: &[f32]| values.iter().map(|&x| T::from_f32(x)).collect::<Vec<T>>();
+    let wide = |values: &[T]| values.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+    let (x, dy) = (narrow(&x), narrow(&dy));
     for isa in Isa::supported() {
+        let name = |pass: &str| format!("{pass} {isa} {} {shape:?}", std::any::type_name::<T>());
         // What a kernel forgets to write shows as NaN.
-        let mut y = vec![f32::NAN; dy.len()];
+        let mut y = vec![T::from_f32(f32::NAN); dy.len()];
+        let packed = conv::pack_filter_directly(isa, &w, &shape);
+        conv::forward_directly(&x, &packed, &shape, Epilogue::default(), &mut y);
+        assert_close(&wide(&y), &want[0], tolerance, &name("direct forward"));
+        y.fill(T::from_f32(f32::NAN));
         conv::forward(&x, &conv::pack_filter(isa, &w, &shape), &shape, Epilogue::default(), &mut y);
-        assert_close(&y, &want[0], 1e-5, &format!("forward {isa} {shape:?}"));
-        let mut dx = vec![f32::NAN; x.len()];
+        assert_close(&wide(&y), &want[0], transformed, &name("forward"));
+        let mut dx = vec![T::from_f32(f32::NAN); x.len()];
+        conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx);
+        assert_close(&wide(&dx), &want[1], tolerance, &name("direct backward_input"));
+        dx.fill(T::from_f32(f32::NAN));
         conv::backward_input(isa, &dy, &w, &shape, &mut dx);
-        assert_close(&dx, &want[1], 1e-5, &format!("backward_input {isa} {shape:?}"));
+        assert_close(&wide(&dx), &want[1], transformed, &name("backward_input"));
         let mut dw = vec![f32::NAN; w.len()];
         conv::backward_filter(isa, &x, &dy, &shape, &mut dw);
-        assert_close(&dw, &want[2], 1e-5, &format!("backward_filter {isa} {shape:?}"));
+        assert_close(&dw, &want[2], tolerance, &name("backward_filter"));
     }
 }
 
@@ -183,11 +204,11 @@ fn wrong_shapes_are_errors_that_show_them() {
 /// Winograd's algorithm against the naive sum, with bias, residual and ReLU, under every instruction set.
 fn check_winograd(n: usize, h: usize, w: usize, c: usize, o: usize) {
     let shape = shape([n, h, w, c], [o, 3, 3], [1, 1], [1, 1]);
-    let Case { x, w, want: [want, ..], .. } = case(shape);
+    let Case { x, w, want: [want, ..], .. } = case::<f32>(shape);
     let (bias, residual) = (values(o, 4), values(want.len(), 5));
     let finished: Vec<f64> =
         want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
-    for isa in Isa::supported().filter(|&isa| winograd::applies(isa, [o, 3, 3, c], [1, 1], [1, 1])) {
+    for isa in Isa::supported().filter(|&isa| winograd::applies(isa, &shape, c, o)) {
         let filter = WinogradFilter::new(isa, &w, o, c);
         let mut y = vec![f32::NAN; want.len()];
         winograd::forward(&x, &filter, &shape, Epilogue::default(), &mut y);
@@ -219,15 +240,14 @@ proptest! {
 #[test]
 fn winograd_is_for_what_it_suits() {
     let isa = Isa::current();
-    assert!(winograd::applies(isa, [64, 3, 3, 64], [1, 1], [1, 1]));
-    for (dims, stride, padding) in [
-        ([64, 3, 3, 64], [2, 2], [1, 1]),
-        ([64, 3, 3, 64], [1, 1], [0, 0]),
-        ([64, 1, 1, 64], [1, 1], [0, 0]),
-        ([512, 3, 3, 512], [1, 1], [1, 1]),
-        ([64, 3, 3, 3], [1, 1], [1, 1]),
-    ] {
-        assert!(!winograd::applies(isa, dims, stride, padding), "{dims:?} {stride:?} {padding:?}");
+    let applies = |[o, k, c]: [usize; 3], stride: usize, padding: usize| {
+        winograd::applies(isa, &shape([1, 9, 9, c], [o, k, k], [stride; 2], [padding; 2]), c, o)
+    };
+    assert!(applies([64, 3, 64], 1, 1));
+    for (dims, stride, padding) in
+        [([64, 3, 64], 2, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([512, 3, 512], 1, 1), ([64, 3, 3], 1, 1)]
+    {
+        assert!(!applies(dims, stride, padding), "{dims:?} {stride} {padding}");
     }
 }
 
