@@ -63,6 +63,11 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_max_ps(_mm256_setzero_ps(), v) }
     }
     #[inline(always)]
+    fn where_positive(self, y: __m256, v: __m256) -> __m256 {
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(y, _mm256_setzero_ps()), v) }
+    }
+    #[inline(always)]
     fn dot_pairs(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: `self` proves the feature.
         unsafe {

@@ -75,6 +75,11 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_max_ps(_mm512_setzero_ps(), v) }
     }
     #[inline(always)]
+    fn where_positive(self, y: __m512, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_ps()), v) }
+    }
+    #[inline(always)]
     fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves the features; the vectors are taken for what they hold, pairs of bf16.
         unsafe {

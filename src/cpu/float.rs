@@ -150,14 +150,13 @@ pub fn widen(x: &[bf16], y: &mut [f32]) {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            for (x, y) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
-                if x.len() == S::LANES {
-                    // SAFETY: both pieces have `LANES` values.
-                    unsafe { simd.store(y.as_mut_ptr(), simd.load_bf16(x.as_ptr())) };
-                } else {
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = x.to_f32());
-                }
+            let (x, mut y) = (self.0.chunks_exact(S::LANES), self.1.chunks_exact_mut(S::LANES));
+            let rest = x.remainder();
+            for (x, y) in x.zip(&mut y) {
+                // SAFETY: both pieces have `LANES` values.
+                unsafe { simd.store(y.as_mut_ptr(), simd.load_bf16(x.as_ptr())) };
             }
+            y.into_remainder().iter_mut().zip(rest).for_each(|(y, x)| *y = x.to_f32());
         }
     }
     assert_eq!(x.len(), y.len());
@@ -171,14 +170,13 @@ pub fn narrow(x: &[f32], y: &mut [bf16]) {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            for (x, y) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
-                if x.len() == S::LANES {
-                    // SAFETY: both pieces have `LANES` values.
-                    unsafe { simd.store_bf16(y.as_mut_ptr(), simd.load(x.as_ptr())) };
-                } else {
-                    y.iter_mut().zip(x).for_each(|(y, &x)| *y = bf16::from_f32(x));
-                }
+            let (x, mut y) = (self.0.chunks_exact(S::LANES), self.1.chunks_exact_mut(S::LANES));
+            let rest = x.remainder();
+            for (x, y) in x.zip(&mut y) {
+                // SAFETY: both pieces have `LANES` values.
+                unsafe { simd.store_bf16(y.as_mut_ptr(), simd.load(x.as_ptr())) };
             }
+            y.into_remainder().iter_mut().zip(rest).for_each(|(y, &x)| *y = bf16::from_f32(x));
         }
     }
     assert_eq!(x.len(), y.len());

@@ -57,6 +57,11 @@ unsafe impl Simd for Neon {
         unsafe { vmaxq_f32(vdupq_n_f32(0.0), v) }
     }
     #[inline(always)]
+    fn where_positive(self, y: float32x4_t, v: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcleq_f32(y, vdupq_n_f32(0.0)))) }
+    }
+    #[inline(always)]
     fn dot_pairs(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of the target's baseline.
         unsafe {

@@ -5,9 +5,11 @@
 //! f64 with their update of 1979, so that a large mean does not cancel a small variance.
 
 use super::float::Float;
-use super::simd::vectorised;
+use super::portable::Scalar;
+use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::array;
 
 /// Rows that are added in f32 before the sum goes on in f64.
 const SHORT: usize = 32;
@@ -24,7 +26,7 @@ pub fn statistics<T: Float>(x: &[T], mean: &mut [f32], variance: &mut [f32]) {
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
     parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk)).for_each(|(part, x)| {
         let (mean, squares) = part.split_at_mut(channels);
-        T::read(x, |x| chunk_statistics(x, mean, squares));
+        by_columns(channels, Moments { x, mean, squares });
     });
     for channel in 0..channels {
         let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
@@ -42,37 +44,35 @@ pub fn statistics<T: Float>(x: &[T], mean: &mut [f32], variance: &mut [f32]) {
 
 /// `y = act(x * scale + shift + residual)`, channel by channel; the residual and the ReLU if asked for. NaN stays NaN.
 pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<&[T]>, relu: bool, y: &mut [T]) {
-    let chunk = chunk_of::<T>(scale.len());
+    let channels = scale.len();
+    let chunk = chunk_of::<T>(channels);
+    assert!(x.len() == y.len() && residual.is_none_or(|residual| residual.len() == y.len()), "as many values");
     y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (y, x))| {
         let residual = residual.map(|residual| &residual[i * chunk..][..y.len()]);
-        T::write(y, |y| {
-            T::read(x, |x| affine_chunk(x, scale, shift, y));
-            // The piece is in cache still.
-            match residual {
-                Some(residual) => T::read(residual, |residual| add_relu_chunk(residual, relu, y)),
-                None if relu => relu_chunk(y),
-                None => {}
-            }
-        });
+        by_columns(channels, Affine { x, scale, shift, residual, relu, y });
     });
 }
 
-/// For every channel the sums of `dy` and of `dy * (x - mean) * rstd`: the gradients to shift and scale.
+/// What a backward pass sums over the rows: for every channel `g` and `g * (x - mean) * rstd`, the gradients to shift and
+/// scale, where `g` is `dy` or, if the forward pass ended in a ReLU that gave `y`, zero where that is not positive. `dy` becomes
+/// `g`.
 pub fn parameter_gradients<T: Float>(
     x: &[T],
-    dy: &[T],
-    mean: &[f32],
-    rstd: &[f32],
+    y: Option<&[T]>,
+    dy: &mut [T],
+    [mean, rstd]: [&[f32]; 2],
     dscale: &mut [f32],
     dshift: &mut [f32],
 ) {
     let channels = mean.len();
     let chunk = chunk_of::<T>(channels);
+    assert!(x.len() == dy.len() && y.is_none_or(|y| y.len() == dy.len()), "as many values");
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
-    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk))).for_each(
-        |(part, (x, dy))| {
-            let (sum, product) = part.split_at_mut(channels);
-            T::read(x, |x| T::read(dy, |dy| chunk_products(x, dy, mean, sum, product)));
+    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks_mut(chunk))).enumerate().for_each(
+        |(i, (part, (x, dy)))| {
+            let (sums, products) = part.split_at_mut(channels);
+            let y = y.map(|y| &y[i * chunk..][..dy.len()]);
+            by_columns(channels, BackwardSums { x, y, dy, mean, sums, products });
         },
     );
     for channel in 0..channels {
@@ -83,11 +83,12 @@ pub fn parameter_gradients<T: Float>(
 }
 
 /// `dy = a * dy + b * x + c`, channel by channel.
-pub fn backward_input<T: Float>(x: &[T], a: &[f32], b: &[f32], c: &[f32], dy: &mut [T]) {
+pub fn backward_input<T: Float>(x: &[T], [a, b, c]: [&[f32]; 3], dy: &mut [T]) {
     let chunk = chunk_of::<T>(a.len());
+    assert_eq!(x.len(), dy.len(), "as many values");
     dy.par_chunks_mut(chunk)
         .zip(x.par_chunks(chunk))
-        .for_each(|(dy, x)| T::read(x, |x| T::update(dy, |dy| backward_chunk(x, a, b, c, dy))));
+        .for_each(|(dy, x)| by_columns(a.len(), BackwardInput { x, a, b, c, dy }));
 }
 
 /// For every channel the sum over rows; the gradient to a bias.
@@ -95,117 +96,258 @@ pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
     let channels = sums.len();
     let chunk = chunk_of::<T>(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * channels);
-    parts.par_chunks_mut(channels).zip(x.par_chunks(chunk)).for_each(|(sums, x)| {
-        sums.fill(0.0);
-        T::read(x, |x| add_rows(x, sums));
-    });
+    parts
+        .par_chunks_mut(channels)
+        .zip(x.par_chunks(chunk))
+        .for_each(|(sums, x)| by_columns(channels, ColumnSums { x, sums }));
     for (channel, sum) in sums.iter_mut().enumerate() {
         *sum = parts.chunks_exact(channels).map(|part| f64::from(part[channel])).sum::<f64>() as f32;
     }
 }
 
-vectorised! {
-    fn add_rows(x: &[f32], sums: &mut [f32]) {
-        for row in x.chunks_exact(sums.len()) {
-            for (sum, &x) in sums.iter_mut().zip(row) {
-                *sum += x;
+/// Work on some columns of `[rows, channels]`, all rows of them, so that what belongs to a channel stays in registers.
+trait Columns {
+    /// Columns from `column` on, `V` vectors of them.
+    ///
+    /// # Safety
+    /// `column + V * LANES` is at most the number of channels, and every slice is `[rows, channels]` or `[channels]`.
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize);
+}
+
+struct ByColumns<C> {
+    channels: usize,
+    columns: C,
+}
+
+impl<C: Columns> Task for ByColumns<C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let mut column = 0;
+        // SAFETY: each call ends within the channels; `by_columns` is called with slices that fit.
+        unsafe {
+            while column + WIDE * S::LANES <= self.channels {
+                self.columns.run::<S, WIDE>(simd, column);
+                column += WIDE * S::LANES;
+            }
+            while column + S::LANES <= self.channels {
+                self.columns.run::<S, 1>(simd, column);
+                column += S::LANES;
+            }
+            while column < self.channels {
+                self.columns.run::<Scalar, 1>(Scalar, column);
+                column += 1;
             }
         }
     }
+}
 
-    fn chunk_statistics(x: &[f32], mean: &mut [f32], squares: &mut [f32]) {
-        let channels = mean.len();
-        let rows = (x.len() / channels) as f64;
-        let mut totals = Scratch::<f64>::take(2 * channels);
-        let (sums, square_sums) = totals.split_at_mut(channels);
-        sums.fill(0.0);
-        for x in x.chunks(SHORT * channels) {
-            mean.fill(0.0);
+/// Vectors of columns that are worked on together.
+const WIDE: usize = 4;
+/// The values of so many vectors, the widest there are.
+type Lanes<N> = [N; 64];
+
+fn by_columns(channels: usize, columns: impl Columns) {
+    dispatch(Isa::current(), ByColumns { channels, columns });
+}
+
+/// `V` vectors from `p` on.
+///
+/// # Safety
+/// `p` is valid for reading as many values.
+#[inline(always)]
+unsafe fn load<T: Float, S: Simd, const V: usize>(simd: S, p: *const T) -> [S::V; V] {
+    // SAFETY: the caller vouches for `p`.
+    array::from_fn(|v| unsafe { T::load(simd, p.add(v * S::LANES)) })
+}
+
+/// `V` vectors to `p` on.
+///
+/// # Safety
+/// `p` is valid for writing as many values.
+#[inline(always)]
+unsafe fn store<T: Float, S: Simd, const V: usize>(simd: S, p: *mut T, values: [S::V; V]) {
+    for (v, value) in values.into_iter().enumerate() {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { T::store(simd, p.add(v * S::LANES), value) };
+    }
+}
+
+/// `totals += values`.
+#[inline(always)]
+fn flush<S: Simd, const V: usize>(simd: S, values: [S::V; V], totals: &mut Lanes<f64>) {
+    let mut lanes: Lanes<f32> = [0.0; 64];
+    // SAFETY: the lanes hold the widest vectors.
+    unsafe { store(simd, lanes.as_mut_ptr(), values) };
+    for (total, &lane) in totals.iter_mut().zip(&lanes[..V * S::LANES]) {
+        *total += f64::from(lane);
+    }
+}
+
+/// Mean, and sum of the squares of what is left when it is taken away.
+struct Moments<'a, T> {
+    x: &'a [T],
+    mean: &'a mut [f32],
+    squares: &'a mut [f32],
+}
+
+impl<T: Float> Columns for Moments<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let (channels, width) = (self.mean.len(), V * S::LANES);
+        let rows = (self.x.len() / channels) as f64;
+        let zero = [simd.splat(0.0); V];
+        let mut totals: Lanes<f64> = [0.0; 64];
+        for x in self.x.chunks(SHORT * channels) {
+            let mut sums = zero;
             for row in x.chunks_exact(channels) {
-                for (mean, &x) in mean.iter_mut().zip(row) {
-                    *mean += x;
-                }
+                // SAFETY: the contract.
+                let x = unsafe { load::<T, S, V>(simd, row.as_ptr().add(column)) };
+                sums = array::from_fn(|v| simd.add(sums[v], x[v]));
             }
-            for (sum, &part) in sums.iter_mut().zip(mean.iter()) {
-                *sum += f64::from(part);
-            }
+            flush(simd, sums, &mut totals);
         }
-        for (mean, sum) in mean.iter_mut().zip(sums.iter_mut()) {
-            *mean = (*sum / rows) as f32;
+        let mean = &mut self.mean[column..][..width];
+        for (mean, total) in mean.iter_mut().zip(totals) {
+            *mean = (total / rows) as f32;
         }
         // Deviations from the rounded mean: their sum says by how much it is off.
-        sums.fill(0.0);
-        square_sums.fill(0.0);
-        let mut parts = Scratch::<f32>::take(2 * channels);
-        let (deviations, part_squares) = parts.split_at_mut(channels);
-        for x in x.chunks(SHORT * channels) {
-            deviations.fill(0.0);
-            part_squares.fill(0.0);
+        // SAFETY: as many values.
+        let rounded = unsafe { load::<f32, S, V>(simd, mean.as_ptr()) };
+        let (mut deviations, mut squares): (Lanes<f64>, Lanes<f64>) = ([0.0; 64], [0.0; 64]);
+        for x in self.x.chunks(SHORT * channels) {
+            let (mut short_deviations, mut short_squares) = (zero, zero);
             for row in x.chunks_exact(channels) {
-                for (((square, deviation), &mean), &x) in
-                    part_squares.iter_mut().zip(deviations.iter_mut()).zip(mean.iter()).zip(row)
-                {
-                    let d = x - mean;
-                    *deviation += d;
-                    *square += d * d;
+                // SAFETY: the contract.
+                let x = unsafe { load::<T, S, V>(simd, row.as_ptr().add(column)) };
+                for v in 0..V {
+                    let deviation = simd.sub(x[v], rounded[v]);
+                    short_deviations[v] = simd.add(short_deviations[v], deviation);
+                    short_squares[v] = simd.mul_add(deviation, deviation, short_squares[v]);
                 }
             }
-            for ((sum, square_sum), (&deviation, &square)) in
-                sums.iter_mut().zip(square_sums.iter_mut()).zip(deviations.iter().zip(part_squares.iter()))
-            {
-                *sum += f64::from(deviation);
-                *square_sum += f64::from(square);
-            }
+            flush(simd, short_deviations, &mut deviations);
+            flush(simd, short_squares, &mut squares);
         }
-        for (((mean, squares), &sum), &square_sum) in
-            mean.iter_mut().zip(squares).zip(sums.iter()).zip(square_sums.iter())
-        {
-            *mean = (f64::from(*mean) + sum / rows) as f32;
-            *squares = (square_sum - sum * sum / rows) as f32;
+        for (i, (mean, out)) in mean.iter_mut().zip(&mut self.squares[column..]).enumerate() {
+            *mean = (f64::from(*mean) + deviations[i] / rows) as f32;
+            *out = (squares[i] - deviations[i] * deviations[i] / rows) as f32;
         }
     }
+}
 
-    fn affine_chunk(x: &[f32], scale: &[f32], shift: &[f32], y: &mut [f32]) {
-        let channels = scale.len();
-        for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-            for (((y, &x), &scale), &shift) in y.iter_mut().zip(x).zip(scale).zip(shift) {
-                *y = x * scale + shift;
-            }
-        }
-    }
+struct Affine<'a, T> {
+    x: &'a [T],
+    scale: &'a [f32],
+    shift: &'a [f32],
+    residual: Option<&'a [T]>,
+    relu: bool,
+    y: &'a mut [T],
+}
 
-    fn add_relu_chunk(residual: &[f32], relu: bool, y: &mut [f32]) {
-        let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
-        for (y, &residual) in y.iter_mut().zip(residual) {
-            let sum = *y + residual;
-            *y = if sum < floor { floor } else { sum };
-        }
-    }
-
-    fn relu_chunk(y: &mut [f32]) {
-        for y in y {
-            *y = if *y < 0.0 { 0.0 } else { *y };
-        }
-    }
-
-    fn chunk_products(x: &[f32], dy: &[f32], mean: &[f32], sum: &mut [f32], product: &mut [f32]) {
-        let channels = mean.len();
-        sum.fill(0.0);
-        product.fill(0.0);
-        for (x, dy) in x.chunks_exact(channels).zip(dy.chunks_exact(channels)) {
-            for ((((sum, product), &x), &dy), &mean) in sum.iter_mut().zip(product.iter_mut()).zip(x).zip(dy).zip(mean) {
-                *sum += dy;
-                *product += dy * (x - mean);
+impl<T: Float> Columns for Affine<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let channels = self.scale.len();
+        // SAFETY: the contract.
+        unsafe {
+            let scale = load::<f32, S, V>(simd, self.scale.as_ptr().add(column));
+            let shift = load::<f32, S, V>(simd, self.shift.as_ptr().add(column));
+            for at in (column..self.x.len()).step_by(channels) {
+                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
+                let mut y: [S::V; V] = array::from_fn(|v| simd.mul_add(x[v], scale[v], shift[v]));
+                if let Some(residual) = self.residual {
+                    let residual = load::<T, S, V>(simd, residual.as_ptr().add(at));
+                    y = array::from_fn(|v| simd.add(y[v], residual[v]));
+                }
+                if self.relu {
+                    y = y.map(|y| simd.relu(y));
+                }
+                store(simd, self.y.as_mut_ptr().add(at), y);
             }
         }
     }
+}
 
-    fn backward_chunk(x: &[f32], a: &[f32], b: &[f32], c: &[f32], dy: &mut [f32]) {
-        let channels = a.len();
-        for (dy, x) in dy.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-            for ((((dy, &x), &a), &b), &c) in dy.iter_mut().zip(x).zip(a).zip(b).zip(c) {
-                *dy = a * *dy + (b * x + c);
+struct BackwardSums<'a, T> {
+    x: &'a [T],
+    y: Option<&'a [T]>,
+    dy: &'a mut [T],
+    mean: &'a [f32],
+    sums: &'a mut [f32],
+    products: &'a mut [f32],
+}
+
+impl<T: Float> Columns for BackwardSums<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let channels = self.mean.len();
+        let (mut sums, mut products) = ([simd.splat(0.0); V], [simd.splat(0.0); V]);
+        // SAFETY: the contract.
+        unsafe {
+            let mean = load::<f32, S, V>(simd, self.mean.as_ptr().add(column));
+            for at in (column..self.x.len()).step_by(channels) {
+                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
+                let mut g = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
+                if let Some(y) = self.y {
+                    let y = load::<T, S, V>(simd, y.as_ptr().add(at));
+                    g = array::from_fn(|v| simd.where_positive(y[v], g[v]));
+                    store(simd, self.dy.as_mut_ptr().add(at), g);
+                }
+                for v in 0..V {
+                    sums[v] = simd.add(sums[v], g[v]);
+                    products[v] = simd.mul_add(g[v], simd.sub(x[v], mean[v]), products[v]);
+                }
             }
+            store(simd, self.sums.as_mut_ptr().add(column), sums);
+            store(simd, self.products.as_mut_ptr().add(column), products);
+        }
+    }
+}
+
+struct BackwardInput<'a, T> {
+    x: &'a [T],
+    a: &'a [f32],
+    b: &'a [f32],
+    c: &'a [f32],
+    dy: &'a mut [T],
+}
+
+impl<T: Float> Columns for BackwardInput<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let channels = self.a.len();
+        // SAFETY: the contract.
+        unsafe {
+            let [a, b, c] = [self.a, self.b, self.c].map(|x| load::<f32, S, V>(simd, x.as_ptr().add(column)));
+            for at in (column..self.x.len()).step_by(channels) {
+                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
+                let dy = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
+                let dx = array::from_fn(|v| simd.mul_add(a[v], dy[v], simd.mul_add(b[v], x[v], c[v])));
+                store::<T, S, V>(simd, self.dy.as_mut_ptr().add(at), dx);
+            }
+        }
+    }
+}
+
+struct ColumnSums<'a, T> {
+    x: &'a [T],
+    sums: &'a mut [f32],
+}
+
+impl<T: Float> Columns for ColumnSums<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let channels = self.sums.len();
+        let mut sums = [simd.splat(0.0); V];
+        // SAFETY: the contract.
+        unsafe {
+            for at in (column..self.x.len()).step_by(channels) {
+                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
+                sums = array::from_fn(|v| simd.add(sums[v], x[v]));
+            }
+            store(simd, self.sums.as_mut_ptr().add(column), sums);
         }
     }
 }

@@ -144,6 +144,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` bf16.
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// `v`, but zero where `y` is zero or less.
+    fn where_positive(self, y: Self::V, v: Self::V) -> Self::V;
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
     fn relu(self, v: Self::V) -> Self::V;
 }

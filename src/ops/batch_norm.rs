@@ -181,21 +181,23 @@ struct Saved {
 
 impl Saved {
     fn backward<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let g = match &self.y {
-            Some(y) => dy.map_in_place(|dy| elementwise::relu_backward::<T>(y.as_slice(), dy)),
-            None => dy,
-        };
         let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
         let (channels, rstd) = (mean.len(), reciprocal_deviation(self.variance.as_slice(), self.eps));
         let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
         // Batch statistics need both sums for the input's gradient as well.
-        if self.count.is_some() || needs[1] || needs[2] {
-            norm::parameter_gradients::<T>(self.x.as_slice(), g.as_slice(), mean, &rstd, &mut dgamma, &mut dbeta);
-        }
+        let sums_are_needed = self.count.is_some() || needs[1] || needs[2];
+        let y = self.y.as_ref().map(|y| y.as_slice::<T>());
+        let g = match y {
+            None if !sums_are_needed => dy,
+            Some(y) if !sums_are_needed => dy.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy)),
+            _ => dy.map_in_place(|dy| {
+                norm::parameter_gradients(self.x.as_slice(), y, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
+            }),
+        };
         let dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
         let dx = needs[0].then(|| {
             let [a, b, c] = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
-            g.map_in_place(|g| norm::backward_input::<T>(self.x.as_slice(), &a, &b, &c, g))
+            g.map_in_place(|g| norm::backward_input::<T>(self.x.as_slice(), [&a, &b, &c], g))
         });
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
         let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;
