@@ -3,6 +3,8 @@
 use super::float::Float;
 use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
+pub use super::gemm_tiles::Splitting;
+use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
 use super::winograd::{self, WinogradFilter};
@@ -13,6 +15,23 @@ use std::borrow::Cow;
 /// Below this many input channels the taps of a filter's row are merged into one run over a padded copy of the input:
 /// runs of three floats would leave the micro-kernel mostly overhead.
 const FEW_CHANNELS: usize = 16;
+
+/// Compiles an expression for the tiles of an instruction set that has them.
+macro_rules! on_tiles {
+    ($isa:expr, $U:ident => $body:expr) => {
+        match $isa {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Isa::Amx => {
+                type $U = super::amx::Amx;
+                $body
+            }
+            _ => {
+                type $U = super::amx::Emulated;
+                $body
+            }
+        }
+    };
+}
 
 /// Extents of a convolution. The input is `[n, h, w, c]`, filters are `[o, kh, kw, c]`, the output is `[n, oh, ow, o]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,10 +150,18 @@ pub enum PackedFilter<T> {
     Direct(PackedB<T>),
     /// F(4x4, 3x3).
     Winograd(WinogradFilter),
+    /// A product over the patches, on tiles.
+    Tiles(Isa, TileFilter),
 }
 
-/// Filters `[o, kh, kw, c]` prepared for [`forward`].
-pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedFilter<T> {
+/// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` matters where f32 is multiplied as bf16: inference does with
+/// two parts. In training they will not do: a ReLU whose input is zero up to rounding passes its gradient or not, which
+/// a gradient far below sums up.
+pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitting: Splitting) -> PackedFilter<T> {
+    if isa.has_tiles() {
+        let depth = shape.kh * shape.kw * shape.c;
+        return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
+    }
     match winograd::applies(isa, shape, shape.c, shape.o) {
         true => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
         false => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
@@ -152,6 +179,15 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
     match filter {
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
         PackedFilter::Winograd(filter) => winograd::forward(x, filter, shape, epilogue, y),
+        PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
+            let multiply = gemm_tiles::multiply::<U, T>;
+            if shape.merges_taps() {
+                let run = shape.kw * shape.c;
+                multiply(*isa, &pad(x, shape, run), &shape.merged_patches(run), filter, y, epilogue);
+            } else {
+                multiply(*isa, x, &shape.patches(shape.c), filter, y, epilogue);
+            }
+        }),
     }
 }
 
@@ -167,6 +203,12 @@ pub fn forward_directly<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShap
 
 /// Gradient to the input.
 pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+    if isa.has_tiles() {
+        return backward_input_by_classes(dy, shape, shape.o, dx, |start, depth, gather, dx| {
+            let packed = TileFilter::from_rows::<T>(isa, filter, depth, shape.c, Splitting::Two, start);
+            on_tiles!(isa, U => gemm_tiles::multiply::<U, T>(isa, dy, gather, &packed, dx, Epilogue::default()));
+        });
+    }
     if winograd::applies(isa, shape, shape.o, shape.c) {
         let filter = WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c);
         let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
@@ -175,21 +217,36 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
     backward_input_directly(isa, dy, filter, shape, dx);
 }
 
-/// [`backward_input`] as products over patches of the output's gradient. Input positions that agree modulo the stride see the
-/// same taps of the filter: each such class is a convolution of `dy` with stride one, so a stride wastes no work on taps that
-/// fall between outputs.
+/// [`backward_input`] as products over patches of the output's gradient.
 pub fn backward_input_directly<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
-    let classes = stride_classes(shape, shape.o.next_multiple_of(T::PER_WORD));
     let dy = whole_words(dy, shape.o);
+    let pixel = shape.o.next_multiple_of(T::PER_WORD);
+    backward_input_by_classes(&dy, shape, pixel, dx, |start, depth, gather, dx| {
+        let packed = PackedB::from_rows(isa, filter, depth, shape.c, shape.o, start);
+        multiply(&dy, gather, &packed, dx, Epilogue::default());
+    });
+}
+
+/// Input positions that agree modulo the stride see the same taps of the filter: each such class is a convolution of `dy` with
+/// stride one, so a stride wastes no work on taps that fall between outputs. `product` is given where row `k` of the right
+/// side begins in the filter, how many rows there are, where the left side's lie, and the result.
+fn backward_input_by_classes<T: Float>(
+    dy: &[T],
+    shape: &ConvShape,
+    pixel: usize,
+    dx: &mut [T],
+    product: impl Fn(&(dyn Fn(usize) -> usize + Sync), usize, &Gather, &mut [T]),
+) {
+    assert!(dy.len() >= shape.n * shape.output().iter().product::<usize>() * pixel, "a gradient for each output");
+    let classes = stride_classes(shape, pixel);
     if classes.iter().any(|(taps, _)| taps.is_empty()) {
         dx.fill(T::default());
     }
     for (taps, gather) in classes.iter().filter(|(taps, gather)| !taps.is_empty() && gather.rows() > 0) {
-        // Row (tap, o) of the packed matrix is the filter's run of input channels at [o][tap].
+        // Row (tap, o) of the right side is the filter's run of input channels at [o][tap].
         let tap_count = shape.kh * shape.kw;
         let start = |k: usize| ((k % shape.o) * tap_count + taps[k / shape.o]) * shape.c;
-        let packed = PackedB::from_rows(isa, filter, taps.len() * shape.o, shape.c, shape.o, start);
-        multiply(&dy, gather, &packed, dx, Epilogue::default());
+        product(&start, taps.len() * shape.o, gather, dx);
     }
 }
 
@@ -229,11 +286,17 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    if shape.merges_taps() {
-        let run = shape.kw * shape.c;
-        let padded = pad(x, shape, run);
-        multiply_transposed(isa, &padded, &shape.merged_patches(run), dy, shape.o, dfilter, Order::ColumnMajor);
+    let run = shape.kw * shape.c;
+    let padded;
+    let (x, patches) = if shape.merges_taps() {
+        padded = pad(x, shape, run);
+        (&*padded, shape.merged_patches(run))
     } else {
-        multiply_transposed(isa, x, &shape.patches(shape.c), dy, shape.o, dfilter, Order::ColumnMajor);
+        (x, shape.patches(shape.c))
+    };
+    if isa.has_tiles() {
+        on_tiles!(isa, U => gemm_tiles::multiply_transposed::<U, T>(isa, x, &patches, dy, shape.o, dfilter));
+    } else {
+        multiply_transposed(isa, x, &patches, dy, shape.o, dfilter, Order::ColumnMajor);
     }
 }

@@ -183,6 +183,31 @@ pub fn narrow(x: &[f32], y: &mut [bf16]) {
     dispatch(Isa::current(), Narrow(x, y));
 }
 
+/// `x` to `parts[..][at..]`: the nearest bf16, then the nearest of what is left, and so on.
+#[inline(always)]
+pub(super) fn split<S: Simd, T: Float>(simd: S, x: &[T], at: usize, parts: &mut [Scratch<bf16>]) {
+    let whole = x.len() / S::LANES * S::LANES;
+    assert!(parts.iter().all(|part| part.len() >= at + x.len()));
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: whole vectors from `i` on are inside `x`, and from `at + i` on inside the parts.
+        unsafe {
+            let mut left = T::load(simd, x.as_ptr().add(i));
+            for part in parts.iter_mut() {
+                let part = part.as_mut_ptr().add(at + i);
+                simd.store_bf16(part, left);
+                left = simd.sub(left, simd.load_bf16(part));
+            }
+        }
+    }
+    for (i, x) in x.iter().enumerate().skip(whole) {
+        let mut left = x.to_f32();
+        for part in parts.iter_mut() {
+            part[at + i] = bf16::from_f32(left);
+            left -= part[at + i].to_f32();
+        }
+    }
+}
+
 /// `y = x`, on all threads.
 pub fn convert<A: Float, B: Float>(x: &[A], y: &mut [B]) {
     y.par_chunks_mut(B::CHUNK).zip(x.par_chunks(B::CHUNK)).for_each(|(y, x)| {

@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 /// An instruction set hone has kernels for, slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
+    /// What [`Isa::Amx`] does, with tiles in plain Rust: to test it elsewhere. Never chosen unless it is named.
+    AmxEmulated,
     /// What every machine of the target has.
     Portable,
     /// 128-bit vectors of 64-bit Arm.
@@ -22,22 +24,26 @@ pub enum Isa {
     Avx512,
     /// The same with products of bf16 pairs.
     Avx512Bf16,
+    /// That, and products of bf16 tiles.
+    Amx,
 }
 
 impl Isa {
     /// The names `$HONE_ISA` takes.
-    pub const NAMES: [(&'static str, Isa); 5] = [
+    pub const NAMES: [(&'static str, Isa); 7] = [
+        ("amx-emulated", Isa::AmxEmulated),
         ("portable", Isa::Portable),
         ("neon", Isa::Neon),
         ("avx2", Isa::Avx2),
         ("avx512", Isa::Avx512),
         ("avx512bf16", Isa::Avx512Bf16),
+        ("amx", Isa::Amx),
     ];
 
     /// Whether this machine can run it.
     pub fn is_supported(self) -> bool {
         match self {
-            Isa::Portable => true,
+            Isa::Portable | Isa::AmxEmulated => true,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => true,
             #[cfg(target_arch = "x86_64")]
@@ -52,6 +58,7 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Isa::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16"),
+            Isa::Amx => Isa::Avx512Bf16.is_supported() && super::amx::is_available(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -75,21 +82,38 @@ impl Isa {
         })
     }
 
+    /// The instruction set of everything but tiles.
+    pub(super) fn vectors(self) -> Isa {
+        match self {
+            Isa::Amx => Isa::Avx512Bf16,
+            Isa::AmxEmulated => {
+                let real = Self::NAMES.into_iter().map(|(_, isa)| isa).filter(|isa| !isa.has_tiles());
+                real.rev().find(|isa| isa.is_supported()).unwrap_or(Isa::Portable)
+            }
+            other => other,
+        }
+    }
+
+    /// Whether convolutions run on tiles.
+    pub fn has_tiles(self) -> bool {
+        matches!(self, Isa::Amx | Isa::AmxEmulated)
+    }
+
     /// f32 in a vector.
     pub fn lanes(self) -> usize {
-        match self {
+        match self.vectors() {
             Isa::Portable | Isa::Neon => 4,
             Isa::Avx2 => 8,
-            Isa::Avx512 | Isa::Avx512Bf16 => 16,
+            _ => 16,
         }
     }
 
     /// Columns of a micro-kernel's tile: the vectors of a row times the lanes of a vector.
     pub fn tile_columns(self) -> usize {
-        match self {
+        match self.vectors() {
             Isa::Portable => 8,
             Isa::Neon | Isa::Avx2 => 16,
-            Isa::Avx512 | Isa::Avx512Bf16 => 64,
+            _ => 64,
         }
     }
 }
@@ -161,6 +185,7 @@ pub trait Task {
 /// Runs `task` compiled for `isa`; `isa` must be supported here (the portable code runs if it is not).
 #[inline]
 pub fn dispatch<T: Task>(isa: Isa, task: T) -> T::Output {
+    let isa = isa.vectors();
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 if isa.is_supported() => super::avx512::run_bf16(task),
@@ -193,7 +218,7 @@ macro_rules! vectorised {
             fn avx2($($arg: $ty),*) $(-> $ret)? {
                 body($($arg),*)
             }
-            match $crate::cpu::Isa::current() {
+            match $crate::cpu::Isa::current().vectors() {
                 // SAFETY: `Isa::current` gives what the machine has.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Bf16 => unsafe { avx512($($arg),*) },

@@ -99,12 +99,11 @@ impl Task for FilterTransform<'_> {
                 unsafe { simd.load(self.filter.as_ptr().add(tap * self.c + channel)) }
             };
             let rows: [[S::V; IN]; 3] = std::array::from_fn(|y| filter_axis(simd, std::array::from_fn(|x| load(y, x))));
-            for j in 0..IN {
-                for (i, value) in filter_axis(simd, std::array::from_fn(|y| rows[y][j])).into_iter().enumerate() {
-                    let at = self.at + (i * IN + j) * self.stride + channel;
-                    // SAFETY: `[position][o][c]` is this filter's alone at its `o`.
-                    unsafe { simd.store(self.out.pointer().add(at), value) };
-                }
+            let columns: [[S::V; IN]; IN] =
+                std::array::from_fn(|j| filter_axis(simd, std::array::from_fn(|y| rows[y][j])));
+            for (position, at) in (self.at + channel..).step_by(self.stride).take(POSITIONS).enumerate() {
+                // SAFETY: `[position][o][c]` is this filter's alone at its `o`.
+                unsafe { simd.store(self.out.pointer().add(at), columns[position % IN][position / IN]) };
             }
         }
     }

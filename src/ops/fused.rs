@@ -5,7 +5,7 @@
 
 use super::{Conv2dParams, require_f32, require_float};
 use crate::cpu::Isa;
-use crate::cpu::conv::{ConvShape, PackedFilter};
+use crate::cpu::conv::{ConvShape, PackedFilter, Splitting};
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Tensor};
@@ -56,8 +56,10 @@ impl FusedConv2d {
                 let bias = Tensor::from_slice(shift, [o])?.to_device(Device::Cuda)?;
                 Filter::Cuda { filter: cuda::conv::pack_filter(&folded, &shape, dtype)?, bias }
             }
-            (Device::Cpu, DType::BF16) => Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape), bias),
-            (Device::Cpu, _) => Filter::F32(cpu::conv::pack_filter(isa, &folded, &shape), bias),
+            (Device::Cpu, DType::BF16) => {
+                Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape, Splitting::Two), bias)
+            }
+            (Device::Cpu, _) => Filter::F32(cpu::conv::pack_filter(isa, &folded, &shape, Splitting::Two), bias),
         };
         Ok(FusedConv2d { filter, dtype, dims, params })
     }

@@ -1,7 +1,7 @@
 use crate::support::*;
 use half::bf16;
 use hone::DType;
-use hone::cpu::conv::{self, ConvShape};
+use hone::cpu::conv::{self, ConvShape, Splitting};
 use hone::cpu::gemm::Epilogue;
 use hone::cpu::winograd::{self, WinogradFilter};
 use hone::cpu::{Float, Isa};
@@ -77,9 +77,12 @@ fn check_in<T: Float>(shape: ConvShape, tolerance: f64, transformed: f64) {
         let packed = conv::pack_filter_directly(isa, &w, &shape);
         conv::forward_directly(&x, &packed, &shape, Epilogue::default(), &mut y);
         assert_close(&wide(&y), &want[0], tolerance, &name("direct forward"));
-        y.fill(T::from_f32(f32::NAN));
-        conv::forward(&x, &conv::pack_filter(isa, &w, &shape), &shape, Epilogue::default(), &mut y);
-        assert_close(&wide(&y), &want[0], transformed, &name("forward"));
+        for splitting in [Splitting::Two, Splitting::Three] {
+            y.fill(T::from_f32(f32::NAN));
+            let packed = conv::pack_filter(isa, &w, &shape, splitting);
+            conv::forward(&x, &packed, &shape, Epilogue::default(), &mut y);
+            assert_close(&wide(&y), &want[0], transformed, &name(&format!("forward {splitting:?}")));
+        }
         let mut dx = vec![T::from_f32(f32::NAN); x.len()];
         conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx);
         assert_close(&wide(&dx), &want[1], tolerance, &name("direct backward_input"));

@@ -1,0 +1,234 @@
+//! AMX: eight registers of 16 rows of 64 bytes, and an instruction that multiplies two of them.
+//!
+//! `tdpbf16ps` takes 16 rows of 32 bf16 and 32 rows of 16 bf16, the latter as 16 rows of 16 pairs, and adds their product to 16
+//! rows of 16 f32: 8192 multiply-adds in 16 cycles. Four accumulators of 2x2 tiles, two tiles of A and two of B use all eight
+//! registers, and every tile that is loaded is used twice.
+//!
+//! Rust has no stable intrinsics for it, so the instructions stand in `asm!`. They are the whole of [`Amx`]; everything around
+//! them is written for [`Tiles`], which plain Rust implements as well, so that packing, blocking and edges are tested on
+//! machines without AMX (`HONE_ISA=amx-emulated`).
+
+use half::bf16;
+
+/// Rows and columns of the accumulators together.
+pub const TILE: usize = 32;
+/// Values of the depth that one step multiplies.
+pub const STEP: usize = 32;
+
+/// 2x2 accumulators.
+pub trait Tiles {
+    /// Makes the registers usable on this thread, until the value is dropped.
+    fn new() -> Self;
+    /// Sets the sums to `[TILE, TILE]` f32 at `sums`, or to zero.
+    ///
+    /// # Safety
+    /// If not null, `sums` is valid for `TILE` rows, `stride` f32 apart.
+    unsafe fn start(&mut self, sums: *const f32, stride: usize);
+    /// Adds the product of `TILE` rows of `STEP` values from `a`, `a_stride` values apart, and of `STEP / 2` rows of `TILE` pairs
+    /// from `b`, `b_stride` values apart.
+    ///
+    /// # Safety
+    /// `a` and `b` are valid for that.
+    unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize);
+    /// Stores the sums.
+    ///
+    /// # Safety
+    /// `sums` is valid for `TILE` rows, `stride` f32 apart.
+    unsafe fn finish(&mut self, sums: *mut f32, stride: usize);
+}
+
+/// What the instructions do, in plain Rust.
+pub struct Emulated([[f32; TILE]; TILE]);
+
+impl Tiles for Emulated {
+    fn new() -> Self {
+        Emulated([[0.0; TILE]; TILE])
+    }
+
+    unsafe fn start(&mut self, sums: *const f32, stride: usize) {
+        for (i, row) in self.0.iter_mut().enumerate() {
+            // SAFETY: the contract.
+            *row =
+                if sums.is_null() { [0.0; TILE] } else { unsafe { sums.add(i * stride).cast::<[f32; TILE]>().read() } };
+        }
+    }
+
+    unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize) {
+        for k in 0..STEP / 2 {
+            // SAFETY: the contract.
+            let b = unsafe { b.add(k * b_stride).cast::<[[bf16; 2]; TILE]>().read() };
+            let b = b.map(|pair| pair.map(bf16::to_f32));
+            for (i, row) in self.0.iter_mut().enumerate() {
+                // SAFETY: the contract.
+                let [low, high] = unsafe { a.add(i * a_stride + 2 * k).cast::<[bf16; 2]>().read() }.map(bf16::to_f32);
+                for (sum, b) in row.iter_mut().zip(&b) {
+                    *sum += low * b[0] + high * b[1];
+                }
+            }
+        }
+    }
+
+    unsafe fn finish(&mut self, sums: *mut f32, stride: usize) {
+        for (i, row) in self.0.iter().enumerate() {
+            // SAFETY: the contract.
+            unsafe { sums.add(i * stride).cast::<[f32; TILE]>().write(*row) };
+        }
+    }
+}
+
+/// Whether the processor and the system let this process use AMX, which they are asked for once; and whether what it
+/// computes is right.
+pub fn is_available() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return hardware::is_available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    false
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub use hardware::Amx;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod hardware {
+    use super::{Emulated, STEP, TILE, Tiles};
+    use half::bf16;
+    use std::arch::asm;
+    use std::sync::OnceLock;
+
+    /// The registers themselves. tmm0 to tmm3 are the sums, row by row; tmm4 and 5 hold A, tmm6 and 7 B. Nothing else in the
+    /// process uses them, so that they keep their values from one `asm!` to the next.
+    pub struct Amx(());
+
+    /// What `ldtilecfg` reads: palette 1, eight tiles of 16 rows of 64 bytes.
+    #[repr(C, align(64))]
+    struct Configuration {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    static CONFIGURATION: Configuration = {
+        let (mut bytes, mut rows) = ([0; 16], [0; 16]);
+        let mut i = 0;
+        while i < 8 {
+            (bytes[i], rows[i]) = (64, 16);
+            i += 1;
+        }
+        Configuration { palette: 1, start_row: 0, reserved: [0; 14], bytes, rows }
+    };
+
+    impl Tiles for Amx {
+        fn new() -> Self {
+            // SAFETY: values are made where `is_available` or an `Isa` that depends on it has said that AMX is there.
+            unsafe {
+                asm!("ldtilecfg [{}]", in(reg) &CONFIGURATION, options(nostack, readonly, preserves_flags));
+            }
+            Amx(())
+        }
+
+        #[inline(always)]
+        unsafe fn start(&mut self, sums: *const f32, stride: usize) {
+            // SAFETY: the contract; `new` has configured the tiles.
+            unsafe {
+                if sums.is_null() {
+                    asm!(
+                        "tilezero tmm0",
+                        "tilezero tmm1",
+                        "tilezero tmm2",
+                        "tilezero tmm3",
+                        options(nostack, nomem, preserves_flags)
+                    );
+                } else {
+                    asm!("tileloadd tmm0, [{upper} + {stride}*1]", "tileloadd tmm1, [{upper} + {stride}*1 + 64]",
+                         "tileloadd tmm2, [{lower} + {stride}*1]", "tileloadd tmm3, [{lower} + {stride}*1 + 64]",
+                         upper = in(reg) sums, lower = in(reg) sums.add(16 * stride), stride = in(reg) stride * 4,
+                         options(nostack, readonly, preserves_flags));
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize) {
+            // SAFETY: the contract; `new` has configured the tiles.
+            unsafe {
+                asm!("tileloadd tmm4, [{a} + {a_stride}*1]",
+                     "tileloadd tmm6, [{b} + {b_stride}*1]",
+                     "tdpbf16ps tmm0, tmm4, tmm6",
+                     "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
+                     "tdpbf16ps tmm1, tmm4, tmm7",
+                     "tileloadd tmm5, [{lower} + {a_stride}*1]",
+                     "tdpbf16ps tmm2, tmm5, tmm6",
+                     "tdpbf16ps tmm3, tmm5, tmm7",
+                     a = in(reg) a, lower = in(reg) a.add(16 * a_stride), a_stride = in(reg) a_stride * 2,
+                     b = in(reg) b, b_stride = in(reg) b_stride * 2,
+                     options(nostack, readonly, preserves_flags));
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn finish(&mut self, sums: *mut f32, stride: usize) {
+            // SAFETY: the contract; `new` has configured the tiles.
+            unsafe {
+                asm!("tilestored [{upper} + {stride}*1], tmm0", "tilestored [{upper} + {stride}*1 + 64], tmm1",
+                     "tilestored [{lower} + {stride}*1], tmm2", "tilestored [{lower} + {stride}*1 + 64], tmm3",
+                     upper = in(reg) sums, lower = in(reg) sums.add(16 * stride), stride = in(reg) stride * 4,
+                     options(nostack, preserves_flags));
+            }
+        }
+    }
+
+    impl Drop for Amx {
+        fn drop(&mut self) {
+            // SAFETY: AMX is there, as in `new`. Idle tiles would cost every switch of threads.
+            unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+        }
+    }
+
+    /// Leaf 7 of CPUID, EDX: AMX-BF16 and AMX-TILE.
+    const FEATURES: u32 = 1 << 22 | 1 << 24;
+    /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`.
+    const ARCH_PRCTL: usize = 158;
+    const REQUEST_PERMISSION: usize = 0x1023;
+    const TILE_DATA: usize = 18;
+
+    pub fn is_available() -> bool {
+        static AVAILABLE: OnceLock<bool> = OnceLock::new();
+        *AVAILABLE.get_or_init(|| has_instructions() && is_permitted() && computes_rightly())
+    }
+
+    fn has_instructions() -> bool {
+        use std::arch::x86_64::{__cpuid, __cpuid_count};
+        __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & FEATURES == FEATURES
+    }
+
+    /// Linux gives the large state to processes that ask for it.
+    fn is_permitted() -> bool {
+        let result: isize;
+        // SAFETY: a system call that changes nothing but this permission; the kernel clobbers rcx and r11.
+        unsafe {
+            asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") REQUEST_PERMISSION, in("rsi") TILE_DATA,
+                 lateout("rcx") _, lateout("r11") _, options(nostack));
+        }
+        result == 0
+    }
+
+    /// A product of small integers, which both must give exactly.
+    fn computes_rightly() -> bool {
+        let a: Vec<bf16> = (0..TILE * STEP).map(|i| bf16::from_f32((i * 7 % 15) as f32 - 7.0)).collect();
+        let b: Vec<bf16> = (0..STEP * TILE).map(|i| bf16::from_f32((i * 5 % 13) as f32 - 6.0)).collect();
+        fn product<T: Tiles>(a: &[bf16], b: &[bf16]) -> Vec<f32> {
+            let mut sums = vec![1.0; TILE * TILE];
+            let mut tiles = T::new();
+            // SAFETY: the slices are as large as the tiles.
+            unsafe {
+                tiles.start(sums.as_ptr(), TILE);
+                tiles.multiply(a.as_ptr(), STEP, b.as_ptr(), 2 * TILE);
+                tiles.finish(sums.as_mut_ptr(), TILE);
+            }
+            sums
+        }
+        product::<Amx>(&a, &b) == product::<Emulated>(&a, &b)
+    }
+}
