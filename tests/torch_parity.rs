@@ -8,7 +8,7 @@ use hone::ops::{CrossEntropy, cross_entropy};
 use hone::optim::{Algorithm, Optimizer, ParamGroup};
 use hone::tensor::layout::{from_channels_first, to_channels_first};
 use hone::weights::{WeightsFile, locate_default};
-use hone::{Device, Tensor, ops};
+use hone::{DType, Device, Tensor, ops};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,6 +106,9 @@ fn forward_case(name: &str) {
     let logits = network.forward(&input, false).unwrap();
     require_close("logits", &logits, &file.f32("logits").unwrap(), 1e-4);
 
+    let narrow = network.forward(&input.to_dtype(DType::BF16).unwrap(), false).unwrap();
+    require_close("logits in bf16", &narrow, &file.f32("logits").unwrap(), 3e-2);
+
     // The unfused path, which is taken as soon as something is trained, must agree with the fused one.
     network.set_trainable(|stage| stage == Stage::Stem);
     let unfused = network.forward(&input, false).unwrap();
@@ -164,8 +167,8 @@ fn one_training_step() {
 /// A stage and its rate.
 type Rates = fn(Stage) -> Option<f64>;
 
-/// Runs the generator's trace: the same pictures in the same order, and compares losses and what was trained.
-fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, parameter_tolerance: f64) {
+/// Runs the generator's trace: the same pictures in the same order, and compares losses.
+fn losses(name: &str, batch_statistics: bool, rate: Rates, dtype: DType, tolerance: f64) -> ResNet18 {
     let (file, pool) = (golden(&format!("{name}.safetensors")), golden("pool.safetensors"));
     let network = network_with_head(&pool);
     network.set_trainable(|stage| rate(stage).is_some());
@@ -182,14 +185,22 @@ fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, p
         let pixels: Vec<f32> =
             order.iter().flat_map(|&i| &images.as_slice::<f32>()[i as usize * picture..][..picture]).copied().collect();
         let dims = [&[batch], &images.dims()[1..]].concat();
-        let x = Tensor::from_slice(&pixels, dims).unwrap().to_device(device()).unwrap();
+        let x = Tensor::from_slice(&pixels, dims).unwrap().to_device(device()).unwrap().to_dtype(dtype).unwrap();
         let y: Vec<i64> = order.iter().map(|&i| labels[i as usize]).collect();
         let y = Tensor::from_slice(&y, [batch]).unwrap();
         let loss = cross_entropy(&network.forward(&x, true).unwrap(), &y, &CrossEntropy::default()).unwrap();
         let difference = (f64::from(loss.item().unwrap()) - f64::from(want)).abs();
-        require(&format!("{name} loss of step {step}"), difference, loss_tolerance);
+        require(&format!("{name} {dtype:?} loss of step {step}"), difference, tolerance);
         adam.step(&loss.backward().unwrap(), 1.0).unwrap();
     }
+    network
+}
+
+/// A trace in bf16, by its losses, and in f32, where what was trained is compared as well.
+fn trace(name: &str, batch_statistics: bool, rate: Rates, loss_tolerance: f64, parameter_tolerance: f64) {
+    losses(name, batch_statistics, rate, DType::BF16, 2e-2);
+    let network = losses(name, batch_statistics, rate, DType::F32, loss_tolerance);
+    let file = golden(&format!("{name}.safetensors"));
     let head = network.head();
     require_close("fc.weight", &head.weight.tensor(), &file.f32("fc.weight").unwrap(), 1e-3);
     require_close("fc.bias", &head.bias.tensor(), &file.f32("fc.bias").unwrap(), 1e-3);
