@@ -168,8 +168,7 @@ impl ConvBn {
     /// statistics are stored, separate operations otherwise.
     pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, relu: bool, training: bool) -> Result<Tensor> {
         let inputs_need = x.requires_grad() || residual.is_some_and(Tensor::requires_grad);
-        let parameters_need = autograd::is_enabled() && self.parameters().iter().any(|p| p.is_trainable());
-        if !inputs_need && !parameters_need && !self.bn.takes_batch_statistics(training) {
+        if !inputs_need && self.is_fixed(training) {
             return ops::fused_conv2d(x, &*self.fused(x.dtype())?, residual, relu);
         }
         let weight = self.weight.tensor();
@@ -178,6 +177,12 @@ impl ConvBn {
             false => (ops::conv2d(x, &weight, None, self.params)?, None),
         };
         self.bn.forward(&y, taken, residual, relu, training)
+    }
+
+    /// Whether it is the same map for every picture, and nothing of it is trained.
+    pub(super) fn is_fixed(&self, training: bool) -> bool {
+        let trained = autograd::is_enabled() && self.parameters().iter().any(|p| p.is_trainable());
+        !trained && !self.bn.takes_batch_statistics(training)
     }
 
     fn fused(&self, dtype: DType) -> Result<Arc<FusedConv2d>> {

@@ -13,6 +13,9 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
+/// Pictures that go through frozen stages together on the CPU: more are no faster, and their activations take more memory.
+const TOGETHER: usize = 8;
+
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -123,10 +126,7 @@ impl ResNet18 {
 
     /// What `cut` is given for images `[N, H, W, 3]`: the stages before it, and the pooling before the head, `[N, 512]`.
     pub fn prefix(&self, images: &Tensor, cut: Stage, training: bool) -> Result<Tensor> {
-        let mut x = images.clone();
-        for stage in Stage::ALL.into_iter().filter(|stage| *stage < cut) {
-            x = self.stage(stage, &x, training)?;
-        }
+        let x = self.backbone(images, Stage::Stem, cut, training)?;
         if cut == Stage::Head { ops::global_avg_pool(&x) } else { Ok(x) }
     }
 
@@ -135,11 +135,21 @@ impl ResNet18 {
         if cut == Stage::Head {
             return self.head.forward(x);
         }
-        let mut x = x.clone();
-        for stage in Stage::ALL.into_iter().filter(|stage| *stage >= cut) {
-            x = self.stage(stage, &x, training)?;
+        self.stage(Stage::Head, &self.backbone(x, cut, Stage::Head, training)?, training)
+    }
+
+    /// The stages from `first` on and before `end`.
+    fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
+        let stages = Stage::ALL.into_iter().filter(|stage| (first..end).contains(stage));
+        let run = |x: &Tensor| stages.clone().try_fold(x.clone(), |x, stage| self.stage(stage, &x, training));
+        let fixed = || stages.clone().all(|stage| self.convolutions(stage).iter().all(|conv| conv.is_fixed(training)));
+        let pictures = x.dims().first().copied().unwrap_or_default();
+        if pictures <= TOGETHER || x.device() != Device::Cpu || x.requires_grad() || !fixed() {
+            return run(x);
         }
-        Ok(x)
+        let starts = (0..pictures).step_by(TOGETHER);
+        let parts = starts.map(|start| run(&x.rows(start..pictures.min(start + TOGETHER))?));
+        Ok(Tensor::concatenate(&parts.collect::<Result<Vec<_>>>()?))
     }
 
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.

@@ -216,6 +216,36 @@ impl Tensor {
         Ok(self.to_device(Device::Cpu)?.to_dtype(DType::F32)?.to_vec())
     }
 
+    /// Rows of it along the first extent, without history; the tensor itself if they are all of them.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> Result<Self> {
+        let [count, extents @ ..] = self.dims() else { unreachable!("a tensor with rows") };
+        if rows == (0..*count) {
+            return Ok(self.detach());
+        }
+        let row: usize = extents.iter().product();
+        let dims = [&[rows.len()], extents].concat();
+        let range = rows.start * row..rows.end * row;
+        match &**self.storage() {
+            Storage::Cuda(buffer) => Ok(Self::from_cuda(&dims, buffer.part(range.start, range.len())?)),
+            Storage::Cpu(_) if self.dtype() == DType::I64 => Self::from_slice(&self.as_slice::<i64>()[range], dims),
+            Storage::Cpu(_) => with_float!(self.dtype(), T => Self::from_slice(&self.as_slice::<T>()[range], dims)),
+        }
+    }
+
+    /// Tensors on the CPU one after the other along the first extent, in which alone they may differ, without history.
+    pub(crate) fn concatenate(parts: &[Tensor]) -> Self {
+        let first = &parts[0];
+        let rows = parts.iter().map(|part| part.dims()[0]).sum();
+        let dims = [&[rows], &first.dims()[1..]].concat();
+        with_float!(first.dtype(), T => Self::build(dims, |mut out: &mut [T]| {
+            for part in parts {
+                let (start, rest) = out.split_at_mut(part.numel());
+                start.copy_from_slice(part.as_slice());
+                out = rest;
+            }
+        }))
+    }
+
     /// All elements `value`, on a device.
     pub fn full_on(device: Device, shape: impl Into<Shape>, value: f32) -> Result<Self> {
         match device {

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
 use crate::ops::{self, CrossEntropy, cross_entropy};
 use crate::optim::Optimizer;
-use crate::tensor::{Device, Storage, Tensor, with_float};
+use crate::tensor::{Device, Tensor};
 use std::sync::Arc;
 
 /// Index that sets the generators of batches apart from those of pictures.
@@ -185,8 +185,8 @@ impl Trainer {
         for start in (0..total).step_by(part) {
             let rows = start..total.min(start + part);
             let share = rows.len() as f32 / total as f32;
-            let (x, labels) = (slice(x, &rows)?, slice(labels, &rows)?);
-            let second = other.as_ref().map(|(l, s)| Ok::<_, Error>((slice(l, &rows)?, *s))).transpose()?;
+            let (x, labels) = (x.rows(rows.clone())?, labels.rows(rows.clone())?);
+            let second = other.as_ref().map(|(l, s)| Ok::<_, Error>((l.rows(rows.clone())?, *s))).transpose()?;
             let logits = self.network.suffix(&x, stage, true)?;
             let loss = mixed_loss(&logits, &labels, second.as_ref().map(|(l, s)| (l, *s)), &self.criterion)?;
             let loss = if rows.len() == total { loss } else { ops::scale(&loss, share)? };
@@ -255,22 +255,5 @@ impl Trainer {
         let learnt = Learnt { loss: copy(&captured.learnt.loss)?, logits };
         self.graph = Some(captured);
         Ok(learnt)
-    }
-}
-
-/// Rows of a tensor along its first extent; the tensor itself if they are all of them.
-fn slice(x: &Tensor, rows: &std::ops::Range<usize>) -> Result<Tensor> {
-    if rows.len() == x.dims()[0] {
-        return Ok(x.clone());
-    }
-    let row = x.numel() / x.dims()[0];
-    let dims = [&[rows.len()], &x.dims()[1..]].concat();
-    let range = rows.start * row..rows.end * row;
-    match &**x.storage() {
-        Storage::Cuda(buffer) => Ok(Tensor::from_cuda(&dims, buffer.part(range.start, range.len())?)),
-        Storage::Cpu(_) if x.dtype() == crate::tensor::DType::I64 => {
-            Tensor::from_slice(&x.as_slice::<i64>()[range], dims)
-        }
-        Storage::Cpu(_) => with_float!(x.dtype(), T => Tensor::from_slice(&x.as_slice::<T>()[range], dims)),
     }
 }
