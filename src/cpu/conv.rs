@@ -8,6 +8,7 @@ use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
 use super::winograd::{self, WinogradFilter};
+use super::winograd_wgrad;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -286,6 +287,15 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
+    if !isa.has_tiles() && winograd::applies(isa, shape, shape.c, shape.o) {
+        winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter);
+    } else {
+        backward_filter_directly(isa, x, dy, shape, dfilter);
+    }
+}
+
+/// [`backward_filter`] as a product over the patches.
+pub fn backward_filter_directly<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let run = shape.kw * shape.c;
     let padded;
     let (x, patches) = if shape.merges_taps() {

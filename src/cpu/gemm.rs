@@ -9,12 +9,13 @@
 //!
 //! Depth is counted in words of 32 bits: an f32, or a pair of bf16 ([`Float`]).
 
-use super::float::Float;
+use super::float::{Float, convert};
 use super::gather::{Gather, PADDING};
 use super::portable::Scalar;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
@@ -41,6 +42,16 @@ pub struct PackedB<T = f32> {
     panels: Scratch<T>,
 }
 
+/// Filters as the type of activations.
+fn narrowed<T: Float>(x: &[f32]) -> Cow<'_, [T]> {
+    if T::PER_WORD == 1 {
+        return Cow::Borrowed(bytemuck::cast_slice(x));
+    }
+    let mut narrow = vec![T::default(); x.len()];
+    convert(x, &mut narrow);
+    Cow::Owned(narrow)
+}
+
 /// A run of `run` values of the depth, in whole words.
 fn padded_run<T: Float>(run: usize) -> usize {
     run.next_multiple_of(T::PER_WORD)
@@ -62,6 +73,7 @@ impl<T: Float> PackedB<T> {
     /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`. The
     /// depth consists of runs of `run` values, each of which begins with a new word.
     pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize, run: usize) -> Self {
+        let b = &*narrowed::<T>(b);
         assert!(b.len() == depth * columns && depth.is_multiple_of(run.max(1)));
         let padded = padded_run::<T>(run);
         Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
@@ -73,7 +85,7 @@ impl<T: Float> PackedB<T> {
                     let values = &b[column * depth..][start..depth.min(start + PACK_ROWS)];
                     for (k, &value) in (start..).zip(values) {
                         let k = if padded == run { k } else { k / run * padded + k % run };
-                        out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = T::from_f32(value);
+                        out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = value;
                     }
                 }
             }
@@ -90,18 +102,20 @@ impl<T: Float> PackedB<T> {
         start: impl Fn(usize) -> usize + Sync,
     ) -> Self {
         assert!(depth.is_multiple_of(run.max(1)));
+        let b = &*narrowed::<T>(b);
         let padded = padded_run::<T>(run);
+        let nothing = vec![T::default(); columns];
         Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
-            if padded != run || range.len() < width {
-                out.fill(T::default());
-            }
-            for k in 0..depth {
-                let row = &b[start(k)..][..columns][range.clone()];
-                let k = k / run * padded + k % run;
-                let out = &mut out[k / T::PER_WORD * width * T::PER_WORD..][..width * T::PER_WORD];
-                for (out, &value) in out[k % T::PER_WORD..].iter_mut().step_by(T::PER_WORD).zip(row) {
-                    *out = T::from_f32(value);
-                }
+            // Row `k` counts the padding, of which there is at most one row at the end of a run.
+            let row = |k: usize| match k % padded < run {
+                true => &b[start(k / padded * run + k % padded)..][..columns][range.clone()],
+                false => &nothing[range.clone()],
+            };
+            for (word, out) in out.chunks_exact_mut(width * T::PER_WORD).enumerate() {
+                let (values, rest) = out.split_at_mut(range.len() * T::PER_WORD);
+                let first = word * T::PER_WORD;
+                T::interleave(&[row(first), row(first + T::PER_WORD - 1)], values);
+                rest.fill(T::default());
             }
         })
     }

@@ -25,6 +25,7 @@ pub mod pool;
 mod portable;
 mod simd;
 pub mod winograd;
+mod winograd_wgrad;
 
 pub use float::Float;
 pub use simd::Isa;

@@ -18,11 +18,11 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Outputs of a tile along one axis, and the inputs they see.
-const OUT: usize = 4;
-const IN: usize = 6;
-const POSITIONS: usize = IN * IN;
+pub(super) const OUT: usize = 4;
+pub(super) const IN: usize = 6;
+pub(super) const POSITIONS: usize = IN * IN;
 /// More input channels, and the transformed filters (four times the filters) take longer to read than they save.
-const MAX_CHANNELS: usize = 256;
+pub(super) const MAX_CHANNELS: usize = 256;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
 /// Fewer blocks than this, and the panels become tasks of their own.
@@ -46,6 +46,7 @@ pub fn applies(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> bool {
         && c.is_multiple_of(lanes)
         && o.is_multiple_of(lanes)
         && (lanes..=MAX_CHANNELS).contains(&c)
+        && o <= MAX_CHANNELS
 }
 
 impl WinogradFilter {
@@ -98,26 +99,87 @@ impl Task for FilterTransform<'_> {
                 // SAFETY: each of the nine taps has `c` values, and a whole vector of them from `channel` on.
                 unsafe { simd.load(self.filter.as_ptr().add(tap * self.c + channel)) }
             };
-            let rows: [[S::V; IN]; 3] = std::array::from_fn(|y| filter_axis(simd, std::array::from_fn(|x| load(y, x))));
-            let columns: [[S::V; IN]; IN] =
-                std::array::from_fn(|j| filter_axis(simd, std::array::from_fn(|y| rows[y][j])));
-            for (position, at) in (self.at + channel..).step_by(self.stride).take(POSITIONS).enumerate() {
+            let transformed: [[S::V; IN]; IN] = along_both::<FilterAxis, S, 3, IN>(simd, load);
+            for (position, value) in transformed.into_iter().flatten().enumerate() {
                 // SAFETY: `[position][o][c]` is this filter's alone at its `o`.
-                unsafe { simd.store(self.out.pointer().add(at), columns[position % IN][position / IN]) };
+                unsafe { simd.store(self.out.pointer().add(self.at + position * self.stride + channel), value) };
             }
         }
     }
 }
 
 /// `G g` along one axis.
-#[inline(always)]
-fn filter_axis<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; IN] {
-    let zero = s.splat(0.0);
-    let times = |factor: f32, v: S::V| s.mul_add(s.splat(factor), v, zero);
-    let (even, odd) = (times(-1.0 / 6.0, s.add(a, c)), times(1.0 / 6.0, b));
-    let wide_even = s.mul_add(s.splat(1.0 / 6.0), c, times(1.0 / 24.0, a));
-    let wide_odd = times(1.0 / 12.0, b);
-    [times(0.25, a), s.sub(even, odd), s.add(even, odd), s.add(wide_even, wide_odd), s.sub(wide_even, wide_odd), c]
+struct FilterAxis;
+
+impl Axis<3, IN> for FilterAxis {
+    #[inline(always)]
+    fn apply<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; IN] {
+        let zero = s.splat(0.0);
+        let times = |factor: f32, v: S::V| s.mul_add(s.splat(factor), v, zero);
+        let (even, odd) = (times(-1.0 / 6.0, s.add(a, c)), times(1.0 / 6.0, b));
+        let wide_even = s.mul_add(s.splat(1.0 / 6.0), c, times(1.0 / 24.0, a));
+        let wide_odd = times(1.0 / 12.0, b);
+        [times(0.25, a), s.sub(even, odd), s.add(even, odd), s.add(wide_even, wide_odd), s.sub(wide_even, wide_odd), c]
+    }
+}
+
+/// The tiles of a convolution's output.
+#[derive(Clone, Copy)]
+pub(super) struct TileGrid {
+    images: usize,
+    /// Tiles of an image, down and across.
+    across: [usize; 2],
+}
+
+impl TileGrid {
+    pub(super) fn new(shape: &ConvShape) -> Self {
+        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.images * self.across[0] * self.across[1]
+    }
+
+    /// Image, and first output row and column of a tile.
+    pub(super) fn place(&self, tile: usize) -> [usize; 3] {
+        let [down, across] = self.across;
+        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
+    }
+
+    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
+    ///
+    /// # Safety
+    /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
+    #[inline(always)]
+    pub(super) unsafe fn transform_input<S: Simd, T: Float>(
+        &self,
+        simd: S,
+        x: &[T],
+        shape: &ConvShape,
+        tile: usize,
+        out: *mut f32,
+        stride: usize,
+    ) {
+        let ConvShape { h, w, c, .. } = *shape;
+        let [n, top, left] = self.place(tile);
+        // Where each of the 36 pixels begins; those on the padding read zeros.
+        let zeros = [T::default(); MAX_CHANNELS];
+        let pixels: [[&[T]; IN]; IN] = std::array::from_fn(|i| {
+            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
+                (Some(y), Some(x_at)) if y < h && x_at < w => &x[((n * h + y) * w + x_at) * c..][..c],
+                _ => &zeros[..c],
+            })
+        });
+        for channel in (0..c).step_by(S::LANES) {
+            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on.
+            let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
+            let transformed: [[S::V; IN]; IN] = along_both::<InputAxis, S, IN, IN>(simd, load);
+            for (position, value) in transformed.into_iter().flatten().enumerate() {
+                // SAFETY: the contract.
+                unsafe { simd.store(out.add(position * stride + channel), value) };
+            }
+        }
+    }
 }
 
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of stride and padding one.
@@ -127,8 +189,8 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
-    let across = [oh.div_ceil(OUT), ow.div_ceil(OUT)];
-    let tiles = shape.n * across[0] * across[1];
+    let grid = TileGrid::new(shape);
+    let tiles = grid.count();
     if tiles == 0 {
         return;
     }
@@ -142,7 +204,7 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
         let (i, first) = (task / groups, task % groups * group);
         let tiles = (i * block).min(tiles)..((i + 1) * block).min(tiles);
         let panels = first..(first + group).min(panels);
-        dispatch(filter.isa, Block { x, filter, shape, across, y: &out, epilogue, tiles, panels });
+        dispatch(filter.isa, Block { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
     });
 }
 
@@ -151,8 +213,7 @@ struct Block<'a, T> {
     x: &'a [T],
     filter: &'a WinogradFilter,
     shape: &'a ConvShape,
-    /// Tiles of an image, down and across.
-    across: [usize; 2],
+    grid: TileGrid,
     y: &'a Output<T>,
     epilogue: Epilogue<'a, T>,
     tiles: Range<usize>,
@@ -173,7 +234,11 @@ impl<T: Float> Task for Block<'_, T> {
         let mut inputs = Scratch::<f32>::take(POSITIONS * count * c);
         let mut products = Scratch::<f32>::take(POSITIONS * count * width);
         for (i, tile) in self.tiles.clone().enumerate() {
-            self.transform_input(simd, tile, &mut inputs[i * c..], count * c);
+            // SAFETY: there is room for `count` tiles of `c` channels at each position.
+            unsafe {
+                let out = inputs.as_mut_ptr().add(i * c);
+                self.grid.transform_input(simd, self.x, self.shape, tile, out, count * c);
+            }
         }
         for panel in self.panels.clone() {
             let columns = width.min(self.shape.o - panel * width);
@@ -217,75 +282,81 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
     }
 }
 
-/// `B^T d` along one axis.
+/// A transform along one axis, from `A` values to `B`. A trait and not a closure: a closure may be compiled on its own, and
+/// then without the instruction set.
+pub(super) trait Axis<const A: usize, const B: usize> {
+    /// Mark it `#[inline(always)]`.
+    fn apply<S: Simd>(s: S, values: [S::V; A]) -> [S::V; B];
+}
+
+/// The transform along the columns, then along the rows. A column is loaded when it is needed: all of them would not fit the
+/// registers.
 #[inline(always)]
-fn input_axis<S: Simd>(s: S, d: [S::V; IN]) -> [S::V; IN] {
-    let [plus_two, minus_two, plus_four, minus_four, minus_five] = [2.0, -2.0, 4.0, -4.0, -5.0].map(|x| s.splat(x));
-    let [d0, d1, d2, d3, d4, d5] = d;
-    let even = s.mul_add(minus_four, d2, d4);
-    let odd = s.mul_add(minus_four, d1, d3);
-    let step = s.sub(d4, d2);
-    let slope = s.sub(d3, d1);
-    [
-        s.mul_add(plus_four, d0, s.mul_add(minus_five, d2, d4)),
-        s.add(even, odd),
-        s.sub(even, odd),
-        s.mul_add(plus_two, slope, step),
-        s.mul_add(minus_two, slope, step),
-        s.mul_add(plus_four, d1, s.mul_add(minus_five, d3, d5)),
-    ]
+pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>(
+    simd: S,
+    load: impl Fn(usize, usize) -> S::V,
+) -> [[S::V; B]; B] {
+    let any = simd.splat(0.0);
+    let mut halves = [[any; A]; B];
+    for j in 0..A {
+        let mut column = [any; A];
+        for (i, value) in column.iter_mut().enumerate() {
+            *value = load(i, j);
+        }
+        for (half, value) in halves.iter_mut().zip(X::apply(simd, column)) {
+            half[j] = value;
+        }
+    }
+    let mut result = [[any; B]; B];
+    for (row, half) in result.iter_mut().zip(halves) {
+        *row = X::apply(simd, half);
+    }
+    result
+}
+
+/// `B^T d` along one axis.
+struct InputAxis;
+
+impl Axis<IN, IN> for InputAxis {
+    #[inline(always)]
+    fn apply<S: Simd>(s: S, d: [S::V; IN]) -> [S::V; IN] {
+        let [plus_two, minus_two, plus_four, minus_four, minus_five] = [2.0, -2.0, 4.0, -4.0, -5.0].map(|x| s.splat(x));
+        let [d0, d1, d2, d3, d4, d5] = d;
+        let even = s.mul_add(minus_four, d2, d4);
+        let odd = s.mul_add(minus_four, d1, d3);
+        let step = s.sub(d4, d2);
+        let slope = s.sub(d3, d1);
+        [
+            s.mul_add(plus_four, d0, s.mul_add(minus_five, d2, d4)),
+            s.add(even, odd),
+            s.sub(even, odd),
+            s.mul_add(plus_two, slope, step),
+            s.mul_add(minus_two, slope, step),
+            s.mul_add(plus_four, d1, s.mul_add(minus_five, d3, d5)),
+        ]
+    }
 }
 
 /// `A^T m` along one axis.
-#[inline(always)]
-fn output_axis<S: Simd>(s: S, m: [S::V; IN]) -> [S::V; OUT] {
-    let [m0, m1, m2, m3, m4, m5] = m;
-    let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
-    let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-    let [two, four, eight] = [2.0, 4.0, 8.0].map(|x| s.splat(x));
-    [
-        s.add(s.add(m0, near), far),
-        s.mul_add(two, far_odd, near_odd),
-        s.mul_add(four, far, near),
-        s.add(s.mul_add(eight, far_odd, near_odd), m5),
-    ]
+struct OutputAxis;
+
+impl Axis<IN, OUT> for OutputAxis {
+    #[inline(always)]
+    fn apply<S: Simd>(s: S, m: [S::V; IN]) -> [S::V; OUT] {
+        let [m0, m1, m2, m3, m4, m5] = m;
+        let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
+        let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
+        let [two, four, eight] = [2.0, 4.0, 8.0].map(|x| s.splat(x));
+        [
+            s.add(s.add(m0, near), far),
+            s.mul_add(two, far_odd, near_odd),
+            s.mul_add(four, far, near),
+            s.add(s.mul_add(eight, far_odd, near_odd), m5),
+        ]
+    }
 }
 
 impl<T: Float> Block<'_, T> {
-    /// Image, and first output row and column of a tile.
-    fn place(&self, tile: usize) -> [usize; 3] {
-        let [down, across] = self.across;
-        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
-    }
-
-    /// `B^T d B` of one tile, all channels; position `p` goes to `out[p * stride..]`.
-    #[inline(always)]
-    fn transform_input<S: Simd>(&self, simd: S, tile: usize, out: &mut [f32], stride: usize) {
-        let ConvShape { h, w, c, .. } = *self.shape;
-        let [n, top, left] = self.place(tile);
-        // Where each of the 36 pixels begins; those on the padding read zeros.
-        let zeros = [T::default(); MAX_CHANNELS];
-        let pixels: [[&[T]; IN]; IN] = std::array::from_fn(|i| {
-            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
-                (Some(y), Some(x)) if y < h && x < w => &self.x[((n * h + y) * w + x) * c..][..c],
-                _ => &zeros[..c],
-            })
-        });
-        assert!(out.len() >= (POSITIONS - 1) * stride + c && c.is_multiple_of(S::LANES));
-        for channel in (0..c).step_by(S::LANES) {
-            // SAFETY: every pixel has `c` floats, and a whole vector of them from `channel` on.
-            let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
-            let columns: [[S::V; IN]; IN] =
-                std::array::from_fn(|j| input_axis(simd, std::array::from_fn(|i| load(i, j))));
-            let transformed: [[S::V; IN]; IN] =
-                std::array::from_fn(|i| input_axis(simd, std::array::from_fn(|j| columns[j][i])));
-            for (position, value) in transformed.into_iter().flatten().enumerate() {
-                // SAFETY: `out` reaches a vector beyond the last position's `channel`, as asserted.
-                unsafe { simd.store(out.as_mut_ptr().add(position * stride + channel), value) };
-            }
-        }
-    }
-
     /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
     fn transform_output<S: Simd>(
@@ -298,17 +369,14 @@ impl<T: Float> Block<'_, T> {
         columns: usize,
     ) {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
-        let [n, top, left] = self.place(tile);
+        let [n, top, left] = self.grid.place(tile);
         assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
         for at in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `at` on is there at every position.
-            let load = |p: usize| unsafe { simd.load(products.as_ptr().add(p * stride + at)) };
-            let halves: [[S::V; OUT]; IN] =
-                std::array::from_fn(|j| output_axis(simd, std::array::from_fn(|i| load(i * IN + j))));
+            let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };
+            let outputs: [[S::V; OUT]; OUT] = along_both::<OutputAxis, S, IN, OUT>(simd, load);
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            let outputs: [[S::V; OUT]; OUT] =
-                std::array::from_fn(|i| output_axis(simd, std::array::from_fn(|j| halves[j][i])));
             for (i, row) in outputs.into_iter().enumerate().take(oh - top) {
                 for (j, mut value) in row.into_iter().enumerate().take(ow - left) {
                     let target = ((n * oh + top + i) * ow + left + j) * o + column + at;

@@ -139,12 +139,16 @@ pub struct ConvBn {
 }
 
 impl ConvBn {
-    /// Filters drawn as torchvision does (He et al., 2015, by fan-out). `conv` and `bn` are prefixes of names; `shape` is
+    /// Filters drawn as torchvision does (He et al., 2015, by fan-out), or, without a seed, of any value, for a file to set.
+    /// `conv` and `bn` are prefixes of names; `shape` is
     /// `[O, KH, KW, I]`.
-    pub fn new(conv: &str, bn: &str, shape: [usize; 4], params: Conv2dParams, seed: u64) -> Self {
+    pub fn new(conv: &str, bn: &str, shape: [usize; 4], params: Conv2dParams, seed: Option<u64>) -> Self {
         let name = format!("{conv}.weight");
         let std = (2.0 / (shape[0] * shape[1] * shape[2]) as f32).sqrt();
-        let weight = init::normal(&shape, std, seed, &name);
+        let weight = match seed {
+            Some(seed) => init::normal(&shape, std, seed, &name),
+            None => Tensor::build(shape, |_: &mut [f32]| {}),
+        };
         ConvBn {
             weight: Arc::new(Parameter::new(name, weight)),
             bn: BatchNorm2d::new(bn.to_string(), shape[0]),

@@ -45,7 +45,7 @@ struct BasicBlock {
 }
 
 impl BasicBlock {
-    fn new(name: &str, inputs: usize, channels: usize, stride: usize, seed: u64) -> Self {
+    fn new(name: &str, inputs: usize, channels: usize, stride: usize, seed: Option<u64>) -> Self {
         let conv = |i: usize, inputs: usize, stride: usize| {
             let (conv, bn) = (format!("{name}.conv{i}"), format!("{name}.bn{i}"));
             ConvBn::new(&conv, &bn, [channels, 3, 3, inputs], Conv2dParams::new(stride, 1), seed)
@@ -77,6 +77,16 @@ pub struct ResNet18 {
 impl ResNet18 {
     /// With random values as torchvision draws them; `seed` decides. Everything is frozen at first.
     pub fn new(classes: usize, seed: u64) -> Self {
+        Self::with_backbone(classes, seed, Some(seed))
+    }
+
+    /// With a head as [`ResNet18::new`] draws it, but a backbone whose values are to come from a file: drawing eleven million
+    /// takes longer than reading them.
+    pub(crate) fn without_values(classes: usize, seed: u64) -> Self {
+        Self::with_backbone(classes, seed, None)
+    }
+
+    fn with_backbone(classes: usize, head_seed: u64, seed: Option<u64>) -> Self {
         let layers = [(1, 64, 64, 1), (2, 64, 128, 2), (3, 128, 256, 2), (4, 256, 512, 2)];
         ResNet18 {
             stem: ConvBn::new("conv1", "bn1", [64, 7, 7, 3], Conv2dParams::new(2, 3), seed),
@@ -86,7 +96,7 @@ impl ResNet18 {
                     BasicBlock::new(&format!("layer{i}.1"), channels, channels, 1, seed),
                 ]
             }),
-            head: Linear::new("fc", FEATURES, classes, seed),
+            head: Linear::new("fc", FEATURES, classes, head_seed),
         }
     }
 

@@ -57,14 +57,14 @@ impl ResNet18 {
 
     /// The network of `file`, with its head.
     pub fn load(file: &WeightsFile) -> Result<Self> {
-        let network = ResNet18::new(Self::classes_in(file).unwrap_or(1), 0);
+        let network = ResNet18::without_values(Self::classes_in(file).unwrap_or(1), 0);
         network.load_slots(file, &[])?;
         Ok(network)
     }
 
     /// The backbone of `file` with a new head for `classes`, drawn by `seed`.
     pub fn load_backbone(file: &WeightsFile, classes: usize, seed: u64) -> Result<Self> {
-        let network = ResNet18::new(classes, seed);
+        let network = ResNet18::without_values(classes, seed);
         network.load_slots(file, &["fc.weight", "fc.bias"])?;
         Ok(network)
     }
