@@ -77,7 +77,7 @@ const CASES: [(&str, [usize; 8]); 5] = [
 
 /// The CPU's kernels.
 pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
-    let precisions = [("f32", DType::F32, [1e-6, 1e-5]), ("bf16", DType::BF16, [4e-3, 8e-3])];
+    let precisions = [("f32", DType::F32, [1e-5, 1e-5]), ("bf16", DType::BF16, [4e-3, 8e-3])];
     for (precision, dtype, [tolerance, fused_tolerance]) in precisions {
         for (name, [n, h, w, c, o, k, stride, padding]) in CASES {
             let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
@@ -143,8 +143,8 @@ pub fn check_cuda(tell: &mut dyn FnMut(Check)) -> Result<()> {
     let context = cuda::context()?;
     let tensor_cores = context.backend().architecture().0 >= 8;
     let precisions: &[(&str, DType, f64)] = match tensor_cores {
-        true => &[("f32", DType::F32, 3e-6), ("tf32", DType::F32, 2e-3), ("bf16", DType::BF16, 8e-3)],
-        false => &[("f32", DType::F32, 3e-6), ("bf16", DType::BF16, 8e-3)],
+        true => &[("f32", DType::F32, 1e-5), ("tf32", DType::F32, 2e-3), ("bf16", DType::BF16, 8e-3)],
+        false => &[("f32", DType::F32, 1e-5), ("bf16", DType::BF16, 8e-3)],
     };
     for &(precision, dtype, tolerance) in precisions {
         context.allow_tf32(precision == "tf32");

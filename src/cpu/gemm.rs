@@ -360,22 +360,28 @@ impl<T: Float> Tile<'_, T> {
                 b = unsafe { b.add(width) };
             }
         }
-        if let Some(after) = self.after {
-            for (r, sums) in sums.into_iter().enumerate() {
-                for (v, sum) in sums.into_iter().enumerate() {
-                    // SAFETY: a full tile of sums.
-                    unsafe { simd.store(after.add(r * width + v * S::LANES), sum) };
-                }
+        // Through memory, so that nothing below asks for a register by its number: the sums would not be kept in registers
+        // above either.
+        let mut room = std::mem::MaybeUninit::<[f32; TILE_ROWS * 64]>::uninit();
+        let after = self.after.unwrap_or(room.as_mut_ptr().cast());
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                // SAFETY: a full tile of sums, or the room for the widest.
+                unsafe { simd.store(after.add(r * width + v * S::LANES), *sum) };
             }
+        }
+        if self.after.is_some() {
             return;
         }
-        for (r, sums) in sums.into_iter().enumerate().take(self.rows) {
-            let at = self.targets[r] + self.column;
+        for (r, target) in self.targets.iter().enumerate().take(self.rows) {
+            let at = target + self.column;
+            // SAFETY: the row's `V` vectors have just been stored, here as there is no other place for them.
+            let sums = unsafe { std::slice::from_raw_parts(after.add(r * width), V * S::LANES) };
             // SAFETY: `columns` values from there are ours; the residual is as long as C; the buffers hold the widest tile.
             unsafe {
                 let residual = self.epilogue.residual.map(|x| x.as_ptr().add(at));
                 if self.columns == V * S::LANES {
-                    self.finish(simd, sums, self.c.add(at), residual);
+                    self.finish::<S, V>(simd, sums, self.c.add(at), residual);
                     continue;
                 }
                 // A last panel that does not fill its vectors goes through buffers that do.
@@ -384,7 +390,7 @@ impl<T: Float> Tile<'_, T> {
                     std::ptr::copy_nonoverlapping(residual, residual_row.as_mut_ptr(), self.columns);
                     residual_row.as_ptr()
                 });
-                self.finish(simd, sums, c_row.as_mut_ptr(), residual);
+                self.finish::<S, V>(simd, sums, c_row.as_mut_ptr(), residual);
                 std::ptr::copy_nonoverlapping(c_row.as_ptr(), self.c.add(at), self.columns);
             }
         }
@@ -395,11 +401,11 @@ impl<T: Float> Tile<'_, T> {
     /// # Safety
     /// `c` and `residual` are valid for `V * LANES` values.
     #[inline(always)]
-    unsafe fn finish<S: Simd, const V: usize>(&self, simd: S, sums: [S::V; V], c: *mut T, residual: Option<*const T>) {
-        for (v, mut sum) in sums.into_iter().enumerate() {
-            let at = v * S::LANES;
+    unsafe fn finish<S: Simd, const V: usize>(&self, simd: S, sums: &[f32], c: *mut T, residual: Option<*const T>) {
+        for at in (0..V * S::LANES).step_by(S::LANES) {
             // SAFETY: the contract above; a bias has as many values as C has columns.
             unsafe {
+                let mut sum = simd.load(sums[at..at + S::LANES].as_ptr());
                 if let Some(bias) = self.epilogue.bias {
                     sum = simd.add(sum, load_bias(simd, &bias[self.column..], at));
                 }

@@ -264,13 +264,14 @@ impl<T: Float> Tile<'_, T> {
                 b = b.add(width);
             }
         }
-        for (sums, out) in sums.into_iter().zip(out.chunks_exact_mut(width)) {
-            for (v, sum) in sums.into_iter().enumerate() {
-                let out = &mut out[v * S::LANES..][..S::LANES];
-                // SAFETY: `out` has `LANES` floats.
+        // The sums are not moved into an iterator: that would pass them through memory.
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                // SAFETY: as asserted, `out` has `R` rows of `V` vectors.
                 unsafe {
-                    let sum = if self.first { sum } else { simd.add(simd.load(out.as_ptr()), sum) };
-                    simd.store(out.as_mut_ptr(), sum);
+                    let out = out.as_mut_ptr().add(r * width + v * S::LANES);
+                    let sum = if self.first { *sum } else { simd.add(simd.load(out), *sum) };
+                    simd.store(out, sum);
                 }
             }
         }

@@ -99,11 +99,10 @@ impl Task for FilterTransform<'_> {
                 // SAFETY: each of the nine taps has `c` values, and a whole vector of them from `channel` on.
                 unsafe { simd.load(self.filter.as_ptr().add(tap * self.c + channel)) }
             };
-            let transformed: [[S::V; IN]; IN] = along_both::<FilterAxis, S, 3, IN>(simd, load);
-            for (position, value) in transformed.into_iter().flatten().enumerate() {
+            along_both::<FilterAxis, S, 3, IN>(simd, load, |position, value| {
                 // SAFETY: `[position][o][c]` is this filter's alone at its `o`.
                 unsafe { simd.store(self.out.pointer().add(self.at + position * self.stride + channel), value) };
-            }
+            });
         }
     }
 }
@@ -173,11 +172,9 @@ impl TileGrid {
         for channel in (0..c).step_by(S::LANES) {
             // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on.
             let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
-            let transformed: [[S::V; IN]; IN] = along_both::<InputAxis, S, IN, IN>(simd, load);
-            for (position, value) in transformed.into_iter().flatten().enumerate() {
-                // SAFETY: the contract.
-                unsafe { simd.store(out.add(position * stride + channel), value) };
-            }
+            // SAFETY: the contract.
+            let store = |position: usize, value| unsafe { simd.store(out.add(position * stride + channel), value) };
+            along_both::<InputAxis, S, IN, IN>(simd, load, store);
         }
     }
 }
@@ -232,7 +229,9 @@ impl<T: Float> Task for Block<'_, T> {
         let (c, width) = (self.shape.c, S::LANES * S::VECTORS);
         // Transformed inputs [position][tile][channel], products [position][tile][column of the panel].
         let mut inputs = Scratch::<f32>::take(POSITIONS * count * c);
-        let mut products = Scratch::<f32>::take(POSITIONS * count * width);
+        // Whole tiles of the micro-kernel.
+        let padded = count.next_multiple_of(TILE_ROWS);
+        let mut products = Scratch::<f32>::take(POSITIONS * padded * width);
         for (i, tile) in self.tiles.clone().enumerate() {
             // SAFETY: there is room for `count` tiles of `c` channels at each position.
             unsafe {
@@ -244,40 +243,38 @@ impl<T: Float> Task for Block<'_, T> {
             let columns = width.min(self.shape.o - panel * width);
             for (position, b) in self.filter.positions.iter().enumerate() {
                 let a = &inputs[position * count * c..][..count * c];
-                let product = &mut products[position * count * width..][..count * width];
+                let product = &mut products[position * padded * width..][..padded * width];
                 multiply_panel(simd, a, c, b.panel(panel), product, columns);
             }
             for (i, tile) in self.tiles.clone().enumerate() {
-                self.transform_output(simd, tile, &products[i * width..], count * width, panel * width, columns);
+                self.transform_output(simd, tile, &products[i * width..], padded * width, panel * width, columns);
             }
         }
     }
 }
 
-/// `c [rows, width] = a [rows, depth] b [depth, width]`, `columns` of them.
+/// `c = a [rows, depth] b [depth, width]`; `c` holds whole tiles of `width` columns.
 #[inline(always)]
 fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut [f32], columns: usize) {
     let width = S::LANES * S::VECTORS;
     let rows = a.len() / depth;
-    assert!(b.len() >= depth * width && c.len() >= rows * width);
+    assert!(b.len() >= depth * width && c.len() >= rows.next_multiple_of(TILE_ROWS) * width);
     for start in (0..rows).step_by(TILE_ROWS) {
-        let row = |lane: usize| (start + lane).min(rows - 1);
-        let runs = [std::array::from_fn(|lane| a[row(lane) * depth..][..depth].as_ptr())];
-        let targets = std::array::from_fn(|lane| row(lane) * width);
-        let tile = Tile {
+        let runs = [std::array::from_fn(|lane| a[(start + lane).min(rows - 1) * depth..][..depth].as_ptr())];
+        let tile = Tile::<f32> {
             runs: &runs,
             words: depth,
             b: b.as_ptr(),
-            c: c.as_mut_ptr(),
-            targets: &targets,
-            rows: TILE_ROWS.min(rows - start),
+            c: std::ptr::null_mut(),
+            targets: &[0; TILE_ROWS],
+            rows: 0,
             column: 0,
             columns,
             before: None,
-            after: None,
+            after: Some(c[start * width..].as_mut_ptr()),
             epilogue: Epilogue::default(),
         };
-        // SAFETY: runs are `depth` long, `b` has as many full rows, and the targets are whole rows of `c`.
+        // SAFETY: runs are `depth` long, `b` has as many full rows, and `c` room for a full tile from there on.
         unsafe { tile.compute(simd) };
     }
 }
@@ -289,29 +286,26 @@ pub(super) trait Axis<const A: usize, const B: usize> {
     fn apply<S: Simd>(s: S, values: [S::V; A]) -> [S::V; B];
 }
 
-/// The transform along the columns, then along the rows. A column is loaded when it is needed: all of them would not fit the
-/// registers.
+/// The transform along the columns, then along the rows. A column is loaded when it is needed, and a row stored when it is
+/// done: all of them would not fit the registers.
 #[inline(always)]
 pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>(
     simd: S,
     load: impl Fn(usize, usize) -> S::V,
-) -> [[S::V; B]; B] {
-    let any = simd.splat(0.0);
-    let mut halves = [[any; A]; B];
+    store: impl Fn(usize, S::V),
+) {
+    let mut halves = [[simd.splat(0.0); A]; B];
     for j in 0..A {
-        let mut column = [any; A];
-        for (i, value) in column.iter_mut().enumerate() {
-            *value = load(i, j);
-        }
+        let column = std::array::from_fn(|i| load(i, j));
         for (half, value) in halves.iter_mut().zip(X::apply(simd, column)) {
             half[j] = value;
         }
     }
-    let mut result = [[any; B]; B];
-    for (row, half) in result.iter_mut().zip(halves) {
-        *row = X::apply(simd, half);
+    for (i, half) in halves.iter().enumerate() {
+        for (j, value) in X::apply(simd, *half).into_iter().enumerate() {
+            store(i * B + j, value);
+        }
     }
-    result
 }
 
 /// `B^T d` along one axis.
@@ -370,31 +364,34 @@ impl<T: Float> Block<'_, T> {
     ) {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
         let [n, top, left] = self.grid.place(tile);
+        let (rows, row_len) = (oh - top, ow - left);
+        let first = ((n * oh + top) * ow + left) * o + column;
         assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
         for at in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `at` on is there at every position.
             let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };
-            let outputs: [[S::V; OUT]; OUT] = along_both::<OutputAxis, S, IN, OUT>(simd, load);
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            for (i, row) in outputs.into_iter().enumerate().take(oh - top) {
-                for (j, mut value) in row.into_iter().enumerate().take(ow - left) {
-                    let target = ((n * oh + top + i) * ow + left + j) * o + column + at;
-                    if let Some(bias) = bias {
-                        value = simd.add(value, bias);
-                    }
-                    // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                    unsafe {
-                        if let Some(residual) = self.epilogue.residual {
-                            value = simd.add(value, T::load(simd, residual[target..].as_ptr()));
-                        }
-                        if self.epilogue.relu {
-                            value = simd.relu(value);
-                        }
-                        T::store(simd, self.y.pointer().add(target), value);
-                    }
+            along_both::<OutputAxis, S, IN, OUT>(simd, load, |position, mut value| {
+                let (i, j) = (position / OUT, position % OUT);
+                if i >= rows || j >= row_len {
+                    return;
                 }
-            }
+                let target = first + (i * ow + j) * o + at;
+                if let Some(bias) = bias {
+                    value = simd.add(value, bias);
+                }
+                // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
+                unsafe {
+                    if let Some(residual) = self.epilogue.residual {
+                        value = simd.add(value, T::load(simd, residual[target..].as_ptr()));
+                    }
+                    if self.epilogue.relu {
+                        value = simd.relu(value);
+                    }
+                    T::store(simd, self.y.pointer().add(target), value);
+                }
+            });
         }
     }
 }

@@ -108,11 +108,9 @@ impl<T: Float> Transform<'_, T> {
         for channel in (0..o).step_by(S::LANES) {
             // SAFETY: every pixel has `o` values, and a whole vector of them from `channel` on.
             let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
-            let rows: [[S::V; IN]; IN] = along_both::<GradientAxis, S, OUT, IN>(simd, load);
-            for (position, value) in rows.into_iter().flatten().enumerate() {
-                // SAFETY: the contract.
-                unsafe { simd.store(out.add(position * stride + channel), value) };
-            }
+            // SAFETY: the contract.
+            let store = |position: usize, value| unsafe { simd.store(out.add(position * stride + channel), value) };
+            along_both::<GradientAxis, S, OUT, IN>(simd, load, store);
         }
     }
 }
@@ -152,10 +150,10 @@ impl Task for FilterGradient<'_> {
             // SAFETY: as asserted, a vector from `channel` on is there at every position, and in every tap.
             unsafe {
                 let load = |i: usize, j: usize| simd.load(sums.as_ptr().add((i * IN + j) * stride + channel));
-                let rows: [[S::V; 3]; 3] = along_both::<FilterGradientAxis, S, IN, 3>(simd, load);
-                for (tap, value) in rows.into_iter().flatten().enumerate() {
-                    simd.store(filter.as_mut_ptr().add(tap * c + channel), value);
-                }
+                let out = filter.as_mut_ptr().add(channel);
+                along_both::<FilterGradientAxis, S, IN, 3>(simd, load, |tap, value| {
+                    simd.store(out.add(tap * c), value)
+                });
             }
         }
     }
