@@ -7,7 +7,7 @@ pub use super::gemm_tiles::Splitting;
 use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
-use super::winograd::{self, WinogradFilter};
+use super::winograd::{self, TileSize, WinogradFilter};
 use super::winograd_wgrad;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -149,7 +149,7 @@ fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
 pub enum PackedFilter<T> {
     /// A product over the patches.
     Direct(PackedB<T>),
-    /// F(4x4, 3x3).
+    /// F(4x4, 3x3) or F(2x2, 3x3).
     Winograd(WinogradFilter),
     /// A product over the patches, on tiles.
     Tiles(Isa, TileFilter),
@@ -163,9 +163,9 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitt
         let depth = shape.kh * shape.kw * shape.c;
         return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
     }
-    match winograd::applies(isa, shape, shape.c, shape.o) {
-        true => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
-        false => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
+    match winograd::tile_size::<T>(isa, shape, shape.c, shape.o) {
+        Some(size) => PackedFilter::Winograd(WinogradFilter::new(isa, size, filter, shape.o, shape.c)),
+        None => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
     }
 }
 
@@ -210,8 +210,8 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
             on_tiles!(isa, U => gemm_tiles::multiply::<U, T>(isa, dy, gather, &packed, dx, Epilogue::default()));
         });
     }
-    if winograd::applies(isa, shape, shape.o, shape.c) {
-        let filter = WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c);
+    if let Some(size) = winograd::tile_size::<T>(isa, shape, shape.o, shape.c) {
+        let filter = WinogradFilter::for_backward_input(isa, size, filter, shape.o, shape.c);
         let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
         return winograd::forward(dy, &filter, &turned, Epilogue::default(), dx);
     }
@@ -287,10 +287,9 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    if !isa.has_tiles() && winograd::applies(isa, shape, shape.c, shape.o) {
-        winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter);
-    } else {
-        backward_filter_directly(isa, x, dy, shape, dfilter);
+    match winograd::tile_size::<T>(isa, shape, shape.c, shape.o) {
+        Some(TileSize::Four) if !isa.has_tiles() => winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter),
+        _ => backward_filter_directly(isa, x, dy, shape, dfilter),
     }
 }
 

@@ -25,7 +25,8 @@ pub mod pool;
 mod portable;
 mod simd;
 pub mod winograd;
-mod winograd_wgrad;
+mod winograd_axes;
+pub mod winograd_wgrad;
 
 pub use float::Float;
 pub use simd::Isa;

@@ -1,84 +1,115 @@
-//! Winograd's convolution F(4x4, 3x3): a 3x3 filter of stride one at a quarter of the multiplications.
+//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications, or at four ninths.
 //!
-//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. A tile of 4x4 outputs needs 6x6 inputs `d` and
-//! is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels, each of the
-//! 36 positions is a matrix product of tiles and channels with channels and filters. The transforms add and subtract; they
-//! cost the more the fewer filters share a transformed input.
+//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
+//! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
+//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. F(2x2, 3x3) takes 16
+//! products instead of 36. The transforms add and subtract; they cost the more the fewer filters share a transformed input.
 //!
 //! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
-//! Transforms and products are f32 whatever the type of activations: products of bf16 would lose two digits here, and a
-//! quarter of the products in f32 takes less time than all of them in bf16.
+//! Transforms and products are f32 whatever the type of activations: products of bf16 would lose two digits in F(4x4, 3x3),
+//! and a quarter of the products in f32 takes less time than all of them in bf16.
 
 use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::{Epilogue, Output, PackedB, TILE_ROWS, Tile};
 use super::simd::{Isa, Simd, Task, dispatch};
+use super::winograd_axes::{Axis, FilterAxis, InputAxis, OutputAxis, along_both};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Outputs of a tile along one axis, and the inputs they see.
-pub(super) const OUT: usize = 4;
-pub(super) const IN: usize = 6;
-pub(super) const POSITIONS: usize = IN * IN;
-/// More input channels, and the transformed filters (four times the filters) take longer to read than they save.
-pub(super) const MAX_CHANNELS: usize = 256;
+/// With more channels, of input or output, the transformed filters of F(4x4, 3x3), four times the filters, take longer to
+/// read than they save.
+const MAX_CHANNELS_OF_FOUR: usize = 256;
+/// The same of F(2x2, 3x3), less than twice the filters.
+pub(super) const MAX_CHANNELS: usize = 512;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
-/// Fewer blocks than this, and the panels become tasks of their own.
-const FEW_BLOCKS: usize = 8;
+/// Panels are divided among tasks until there are this many.
+const TASKS: usize = 8;
 
-/// Filters transformed and packed: a matrix `[C, O]` for each of the 36 positions.
+/// How many outputs a tile has along one axis; it sees two inputs more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TileSize {
+    /// F(2x2, 3x3).
+    Two,
+    /// F(4x4, 3x3).
+    Four,
+}
+
+impl TileSize {
+    pub(super) fn outputs(self) -> usize {
+        match self {
+            TileSize::Two => 2,
+            TileSize::Four => 4,
+        }
+    }
+
+    /// Products of a tile for a pair of channels.
+    pub(super) fn positions(self) -> usize {
+        (self.outputs() + 2).pow(2)
+    }
+}
+
+/// Filters transformed and packed: a matrix `[C, O]` for each position of a tile.
 pub struct WinogradFilter {
     isa: Isa,
+    size: TileSize,
     positions: Vec<PackedB>,
     c: usize,
     o: usize,
 }
 
-/// Whether a convolution of this geometry from `c` to `o` channels is worth it: 3x3, stride one, padding one, whole vectors
-/// of channels.
-pub fn applies(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> bool {
+/// The tiles for a convolution of this geometry from `c` to `o` channels, if it is worth it: 3x3, stride one, padding one, whole
+/// vectors of channels.
+pub fn tile_size<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Option<TileSize> {
     let lanes = isa.lanes();
-    [shape.kh, shape.kw] == [3, 3]
+    let fits = [shape.kh, shape.kw] == [3, 3]
         && shape.stride == [1, 1]
         && shape.padding == [1, 1]
         && c.is_multiple_of(lanes)
-        && o.is_multiple_of(lanes)
-        && (lanes..=MAX_CHANNELS).contains(&c)
-        && o <= MAX_CHANNELS
+        && o.is_multiple_of(lanes);
+    match c.max(o) {
+        _ if !fits => None,
+        0..=MAX_CHANNELS_OF_FOUR => Some(TileSize::Four),
+        // Half of the products in f32 are no gain over all of them in bf16.
+        ..=MAX_CHANNELS if T::PER_WORD == 1 => Some(TileSize::Two),
+        _ => None,
+    }
 }
 
 impl WinogradFilter {
     /// From filters `[o, 3, 3, c]`.
-    pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let transformed = transform_filters(isa, filter, o, c, false);
+    pub fn new(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
+        let transformed = transform_filters(isa, size, filter, o, c, false);
         let pack = |matrix: &[f32]| PackedB::from_columns(isa, matrix, c, o, c);
-        WinogradFilter { isa, positions: transformed.chunks_exact(c * o).map(pack).collect(), c, o }
+        WinogradFilter { isa, size, positions: transformed.chunks_exact(c * o).map(pack).collect(), c, o }
     }
 
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged.
-    pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let transformed = transform_filters(isa, filter, o, c, true);
+    pub fn for_backward_input(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
+        let transformed = transform_filters(isa, size, filter, o, c, true);
         let pack = |matrix: &[f32]| PackedB::from_rows(isa, matrix, o, c, o, |row| row * c);
-        WinogradFilter { isa, positions: transformed.chunks_exact(c * o).map(pack).collect(), c: o, o: c }
+        WinogradFilter { isa, size, positions: transformed.chunks_exact(c * o).map(pack).collect(), c: o, o: c }
     }
 }
 
 /// `G g G^T` of every filter, `[position][o][c]`; of the filters turned by half a turn if `turned`.
-fn transform_filters(isa: Isa, filter: &[f32], o: usize, c: usize, turned: bool) -> Scratch<f32> {
+fn transform_filters(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize, turned: bool) -> Scratch<f32> {
     assert_eq!(filter.len(), o * 9 * c);
-    let mut transformed = Scratch::take(POSITIONS * o * c);
+    let mut transformed = Scratch::take(size.positions() * o * c);
     let out = Output::new(&mut transformed);
     filter.par_chunks_exact(9 * c).enumerate().for_each(|(i, filter)| {
-        dispatch(isa, FilterTransform { filter, c, turned, out: &out, at: i * c, stride: o * c });
+        let filter = FilterTransform { size, filter, c, turned, out: &out, at: i * c, stride: o * c };
+        dispatch(isa, filter);
     });
     transformed
 }
 
 /// One filter `[3, 3, c]`; position `p` goes to `out[at + p * stride..]`.
 struct FilterTransform<'a> {
+    size: TileSize,
     filter: &'a [f32],
     c: usize,
     turned: bool,
@@ -92,6 +123,19 @@ impl Task for FilterTransform<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        match self.size {
+            TileSize::Two => self.transform::<S, 4>(simd),
+            TileSize::Four => self.transform::<S, 6>(simd),
+        }
+    }
+}
+
+impl FilterTransform<'_> {
+    #[inline(always)]
+    fn transform<S: Simd, const IN: usize>(self, simd: S)
+    where
+        FilterAxis: Axis<3, IN>,
+    {
         assert!(self.filter.len() == 9 * self.c && self.c.is_multiple_of(S::LANES));
         for channel in (0..self.c).step_by(S::LANES) {
             let load = |y: usize, x: usize| {
@@ -107,32 +151,20 @@ impl Task for FilterTransform<'_> {
     }
 }
 
-/// `G g` along one axis.
-struct FilterAxis;
-
-impl Axis<3, IN> for FilterAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; IN] {
-        let zero = s.splat(0.0);
-        let times = |factor: f32, v: S::V| s.mul_add(s.splat(factor), v, zero);
-        let (even, odd) = (times(-1.0 / 6.0, s.add(a, c)), times(1.0 / 6.0, b));
-        let wide_even = s.mul_add(s.splat(1.0 / 6.0), c, times(1.0 / 24.0, a));
-        let wide_odd = times(1.0 / 12.0, b);
-        [times(0.25, a), s.sub(even, odd), s.add(even, odd), s.add(wide_even, wide_odd), s.sub(wide_even, wide_odd), c]
-    }
-}
-
 /// The tiles of a convolution's output.
 #[derive(Clone, Copy)]
 pub(super) struct TileGrid {
     images: usize,
+    /// Outputs of a tile along one axis.
+    outputs: usize,
     /// Tiles of an image, down and across.
     across: [usize; 2],
 }
 
 impl TileGrid {
-    pub(super) fn new(shape: &ConvShape) -> Self {
-        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
+    pub(super) fn new(shape: &ConvShape, size: TileSize) -> Self {
+        let outputs = size.outputs();
+        TileGrid { images: shape.n, outputs, across: shape.output().map(|extent| extent.div_ceil(outputs)) }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -142,7 +174,7 @@ impl TileGrid {
     /// Image, and first output row and column of a tile.
     pub(super) fn place(&self, tile: usize) -> [usize; 3] {
         let [down, across] = self.across;
-        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
+        [tile / (down * across), tile / across % down * self.outputs, tile % across * self.outputs]
     }
 
     /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
@@ -150,7 +182,7 @@ impl TileGrid {
     /// # Safety
     /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
     #[inline(always)]
-    pub(super) unsafe fn transform_input<S: Simd, T: Float>(
+    pub(super) unsafe fn transform_input<S: Simd, T: Float, const IN: usize>(
         &self,
         simd: S,
         x: &[T],
@@ -158,10 +190,12 @@ impl TileGrid {
         tile: usize,
         out: *mut f32,
         stride: usize,
-    ) {
+    ) where
+        InputAxis: Axis<IN, IN>,
+    {
         let ConvShape { h, w, c, .. } = *shape;
         let [n, top, left] = self.place(tile);
-        // Where each of the 36 pixels begins; those on the padding read zeros.
+        // Where each of the pixels begins; those on the padding read zeros.
         let zeros = [T::default(); MAX_CHANNELS];
         let pixels: [[&[T]; IN]; IN] = std::array::from_fn(|i| {
             std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
@@ -186,7 +220,23 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
-    let grid = TileGrid::new(shape);
+    match filter.size {
+        TileSize::Two => forward_tiles::<T, 4, 2>(x, filter, shape, epilogue, y),
+        TileSize::Four => forward_tiles::<T, 6, 4>(x, filter, shape, epilogue, y),
+    }
+}
+
+fn forward_tiles<T: Float, const IN: usize, const OUT: usize>(
+    x: &[T],
+    filter: &WinogradFilter,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) where
+    InputAxis: Axis<IN, IN>,
+    OutputAxis: Axis<IN, OUT>,
+{
+    let grid = TileGrid::new(shape, filter.size);
     let tiles = grid.count();
     if tiles == 0 {
         return;
@@ -194,19 +244,20 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
     let panels = shape.o.div_ceil(filter.isa.tile_columns());
     let blocks = tiles.div_ceil(BLOCK_TILES);
     let block = tiles.div_ceil(blocks).next_multiple_of(TILE_ROWS);
-    let group = if blocks < FEW_BLOCKS { 1 } else { panels };
-    let groups = panels.div_ceil(group);
+    // Each group of panels transforms the inputs again.
+    let groups = TASKS.div_ceil(blocks).min(panels);
+    let group = panels.div_ceil(groups);
     let out = Output::new(y);
     (0..blocks * groups).into_par_iter().for_each(|task| {
         let (i, first) = (task / groups, task % groups * group);
         let tiles = (i * block).min(tiles)..((i + 1) * block).min(tiles);
-        let panels = first..(first + group).min(panels);
-        dispatch(filter.isa, Block { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
+        let panels = first.min(panels)..(first + group).min(panels);
+        dispatch(filter.isa, Block::<T, IN, OUT> { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
     });
 }
 
 /// Some tiles and some panels of filters.
-struct Block<'a, T> {
+struct Block<'a, T, const IN: usize, const OUT: usize> {
     x: &'a [T],
     filter: &'a WinogradFilter,
     shape: &'a ConvShape,
@@ -217,26 +268,30 @@ struct Block<'a, T> {
     panels: Range<usize>,
 }
 
-impl<T: Float> Task for Block<'_, T> {
+impl<T: Float, const IN: usize, const OUT: usize> Task for Block<'_, T, IN, OUT>
+where
+    InputAxis: Axis<IN, IN>,
+    OutputAxis: Axis<IN, OUT>,
+{
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let count = self.tiles.len();
-        if count == 0 {
+        if count == 0 || self.panels.is_empty() {
             return;
         }
         let (c, width) = (self.shape.c, S::LANES * S::VECTORS);
-        // Transformed inputs [position][tile][channel], products [position][tile][column of the panel].
-        let mut inputs = Scratch::<f32>::take(POSITIONS * count * c);
-        // Whole tiles of the micro-kernel.
+        // Transformed inputs [position][tile][channel], products [position][tile][column of the panel], the latter in whole
+        // tiles of the micro-kernel.
         let padded = count.next_multiple_of(TILE_ROWS);
-        let mut products = Scratch::<f32>::take(POSITIONS * padded * width);
+        let mut inputs = Scratch::<f32>::take(IN * IN * count * c);
+        let mut products = Scratch::<f32>::take(IN * IN * padded * width);
         for (i, tile) in self.tiles.clone().enumerate() {
             // SAFETY: there is room for `count` tiles of `c` channels at each position.
             unsafe {
                 let out = inputs.as_mut_ptr().add(i * c);
-                self.grid.transform_input(simd, self.x, self.shape, tile, out, count * c);
+                self.grid.transform_input::<S, T, IN>(simd, self.x, self.shape, tile, out, count * c);
             }
         }
         for panel in self.panels.clone() {
@@ -279,78 +334,10 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
     }
 }
 
-/// A transform along one axis, from `A` values to `B`. A trait and not a closure: a closure may be compiled on its own, and
-/// then without the instruction set.
-pub(super) trait Axis<const A: usize, const B: usize> {
-    /// Mark it `#[inline(always)]`.
-    fn apply<S: Simd>(s: S, values: [S::V; A]) -> [S::V; B];
-}
-
-/// The transform along the columns, then along the rows. A column is loaded when it is needed, and a row stored when it is
-/// done: all of them would not fit the registers.
-#[inline(always)]
-pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>(
-    simd: S,
-    load: impl Fn(usize, usize) -> S::V,
-    store: impl Fn(usize, S::V),
-) {
-    let mut halves = [[simd.splat(0.0); A]; B];
-    for j in 0..A {
-        let column = std::array::from_fn(|i| load(i, j));
-        for (half, value) in halves.iter_mut().zip(X::apply(simd, column)) {
-            half[j] = value;
-        }
-    }
-    for (i, half) in halves.iter().enumerate() {
-        for (j, value) in X::apply(simd, *half).into_iter().enumerate() {
-            store(i * B + j, value);
-        }
-    }
-}
-
-/// `B^T d` along one axis.
-struct InputAxis;
-
-impl Axis<IN, IN> for InputAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, d: [S::V; IN]) -> [S::V; IN] {
-        let [plus_two, minus_two, plus_four, minus_four, minus_five] = [2.0, -2.0, 4.0, -4.0, -5.0].map(|x| s.splat(x));
-        let [d0, d1, d2, d3, d4, d5] = d;
-        let even = s.mul_add(minus_four, d2, d4);
-        let odd = s.mul_add(minus_four, d1, d3);
-        let step = s.sub(d4, d2);
-        let slope = s.sub(d3, d1);
-        [
-            s.mul_add(plus_four, d0, s.mul_add(minus_five, d2, d4)),
-            s.add(even, odd),
-            s.sub(even, odd),
-            s.mul_add(plus_two, slope, step),
-            s.mul_add(minus_two, slope, step),
-            s.mul_add(plus_four, d1, s.mul_add(minus_five, d3, d5)),
-        ]
-    }
-}
-
-/// `A^T m` along one axis.
-struct OutputAxis;
-
-impl Axis<IN, OUT> for OutputAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, m: [S::V; IN]) -> [S::V; OUT] {
-        let [m0, m1, m2, m3, m4, m5] = m;
-        let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
-        let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        let [two, four, eight] = [2.0, 4.0, 8.0].map(|x| s.splat(x));
-        [
-            s.add(s.add(m0, near), far),
-            s.mul_add(two, far_odd, near_odd),
-            s.mul_add(four, far, near),
-            s.add(s.mul_add(eight, far_odd, near_odd), m5),
-        ]
-    }
-}
-
-impl<T: Float> Block<'_, T> {
+impl<T: Float, const IN: usize, const OUT: usize> Block<'_, T, IN, OUT>
+where
+    OutputAxis: Axis<IN, OUT>,
+{
     /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
     fn transform_output<S: Simd>(
@@ -366,7 +353,7 @@ impl<T: Float> Block<'_, T> {
         let [n, top, left] = self.grid.place(tile);
         let (rows, row_len) = (oh - top, ow - left);
         let first = ((n * oh + top) * ow + left) * o + column;
-        assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
+        assert!(products.len() >= (IN * IN - 1) * stride + columns && columns.is_multiple_of(S::LANES));
         for at in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `at` on is there at every position.
             let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };

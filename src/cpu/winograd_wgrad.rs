@@ -2,7 +2,7 @@
 //!
 //! Forward, a tile's outputs are `A^T [(G g G^T) * (B^T d B)] A`. That is linear in the filter `g`, so its gradient is the
 //! transposed map of the outputs' gradient: `dg = G^T [sum over tiles of (A dy A^T) * (B^T d B)] G`. The sum, for every
-//! pair of channels at each of 36 positions, is a matrix product over the tiles.
+//! pair of channels at each position, is a matrix product over the tiles.
 
 use super::conv::ConvShape;
 use super::elementwise::add_assign;
@@ -11,26 +11,37 @@ use super::gather::Gather;
 use super::gemm::Output;
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd::{Axis, IN, MAX_CHANNELS, OUT, POSITIONS, TileGrid, along_both};
+use super::winograd::{MAX_CHANNELS, TileGrid, TileSize};
+use super::winograd_axes::{FilterGradientAxis, GradientAxis, along_both};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache.
+/// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. But where the sums are
+/// large, adding to them takes longer than reading tiles from memory: then so many times the sums.
 const TRANSFORMED: usize = 12 << 20;
+const TIMES_THE_SUMS: usize = 4;
 /// Tiles a task transforms.
 const BLOCK_TILES: usize = 16;
 
-/// Gradient to filters `[o, 3, 3, c]`, for what [`super::winograd::applies`] to.
+/// Outputs of a tile along one axis, and the inputs they see.
+const OUT: usize = 4;
+const IN: usize = 6;
+const POSITIONS: usize = IN * IN;
+
+/// Gradient to filters `[o, 3, 3, c]`, for what [`super::winograd::tile_size`] has tiles of four outputs for.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let (c, o) = (shape.c, shape.o);
     let [oh, ow] = shape.output();
     assert!(x.len() == shape.n * shape.h * shape.w * c && dy.len() == shape.n * oh * ow * o);
     assert_eq!(dfilter.len(), o * 9 * c);
-    let grid = TileGrid::new(shape);
-    let part = (TRANSFORMED / (POSITIONS * (c + o) * size_of::<f32>())).clamp(1, grid.count().max(1));
+    let grid = TileGrid::new(shape, TileSize::Four);
+    let together = TRANSFORMED.max(TIMES_THE_SUMS * POSITIONS * c * o * size_of::<f32>());
+    let part = (together / (POSITIONS * (c + o) * size_of::<f32>())).clamp(1, grid.count().max(1));
     let mut sums = Scratch::<f32>::take(POSITIONS * o * c);
-    sums.fill(0.0);
+    if grid.count() == 0 {
+        sums.fill(0.0);
+    }
     let mut inputs = Scratch::<f32>::take(POSITIONS * part * c);
     let mut gradients = Scratch::<f32>::take(POSITIONS * part * o);
     for start in (0..grid.count()).step_by(part) {
@@ -48,8 +59,14 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
         sums.par_chunks_exact_mut(o * c).enumerate().for_each(|(position, sums)| {
             let inputs = &inputs[position * count * c..][..count * c];
             let gradients = &gradients[position * count * o..][..count * o];
+            let multiply = |sums: &mut [f32]| {
+                multiply_transposed(isa, gradients, &Gather::matrix(count, o), inputs, c, sums, Order::RowMajor);
+            };
+            if start == 0 {
+                return multiply(sums);
+            }
             let mut product = Scratch::<f32>::take(o * c);
-            multiply_transposed(isa, gradients, &Gather::matrix(count, o), inputs, c, &mut product, Order::RowMajor);
+            multiply(&mut product);
             add_assign::<f32>(sums, &product);
         });
     }
@@ -82,7 +99,7 @@ impl<T: Float> Task for Transform<'_, T> {
             // SAFETY: `at` is one of the `count` tiles there is room for, and this task's alone.
             unsafe {
                 let out = self.inputs.pointer().add(at * c);
-                self.grid.transform_input(simd, self.x, self.shape, tile, out, self.count * c);
+                self.grid.transform_input::<S, T, IN>(simd, self.x, self.shape, tile, out, self.count * c);
                 self.transform_gradient(simd, tile, self.gradients.pointer().add(at * o), self.count * o);
             }
         }
@@ -115,21 +132,6 @@ impl<T: Float> Transform<'_, T> {
     }
 }
 
-/// `A g` along one axis.
-struct GradientAxis;
-
-impl Axis<OUT, IN> for GradientAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [g0, g1, g2, g3]: [S::V; OUT]) -> [S::V; IN] {
-        let [two, four] = [2.0, 4.0].map(|x| s.splat(x));
-        let (even, odd) = (s.add(g0, g2), s.add(g1, g3));
-        let far_even = s.mul_add(four, g2, g0);
-        let half_odd = s.mul_add(four, g3, g1);
-        let far_odd = s.mul_add(two, half_odd, s.splat(0.0));
-        [g0, s.add(even, odd), s.sub(even, odd), s.add(far_even, far_odd), s.sub(far_even, far_odd), g3]
-    }
-}
-
 /// `G^T m G` of one filter; position `p` of channel `i` is at `sums[p * stride + i]`.
 struct FilterGradient<'a> {
     sums: &'a [f32],
@@ -156,24 +158,5 @@ impl Task for FilterGradient<'_> {
                 });
             }
         }
-    }
-}
-
-/// `G^T m` along one axis.
-struct FilterGradientAxis;
-
-impl Axis<IN, 3> for FilterGradientAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [m0, m1, m2, m3, m4, m5]: [S::V; IN]) -> [S::V; 3] {
-        let [quarter, sixth, minus_sixth, twelfth, twenty_fourth] =
-            [1.0 / 4.0, 1.0 / 6.0, -1.0 / 6.0, 1.0 / 12.0, 1.0 / 24.0].map(|x| s.splat(x));
-        let (near, near_odd) = (s.add(m1, m2), s.sub(m2, m1));
-        let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        let shared = s.mul_add(minus_sixth, near, s.splat(0.0));
-        [
-            s.mul_add(quarter, m0, s.mul_add(twenty_fourth, far, shared)),
-            s.mul_add(twelfth, far_odd, s.mul_add(sixth, near_odd, s.splat(0.0))),
-            s.add(m5, s.mul_add(sixth, far, shared)),
-        ]
     }
 }

@@ -3,7 +3,8 @@ use half::bf16;
 use hone::DType;
 use hone::cpu::conv::{self, ConvShape, Splitting};
 use hone::cpu::gemm::Epilogue;
-use hone::cpu::winograd::{self, WinogradFilter};
+use hone::cpu::winograd::{self, TileSize, WinogradFilter};
+use hone::cpu::winograd_wgrad;
 use hone::cpu::{Float, Isa};
 use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
 use hone::{Error, Tensor};
@@ -210,19 +211,30 @@ fn wrong_shapes_are_errors_that_show_them() {
 /// Winograd's algorithm against the naive sum, with bias, residual and ReLU, under every instruction set.
 fn check_winograd(n: usize, h: usize, w: usize, c: usize, o: usize) {
     let shape = shape([n, h, w, c], [o, 3, 3], [1, 1], [1, 1]);
-    let Case { x, w, want: [want, ..], .. } = case::<f32>(shape);
+    let Case { x, w, dy, want: [want, want_dx, want_dw], .. } = case::<f32>(shape);
     let (bias, residual) = (values(o, 4), values(want.len(), 5));
     let finished: Vec<f64> =
         want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
-    for isa in Isa::supported().filter(|&isa| winograd::applies(isa, &shape, c, o)) {
-        let filter = WinogradFilter::new(isa, &w, o, c);
+    for (isa, size) in Isa::supported().flat_map(|isa| [TileSize::Two, TileSize::Four].map(|size| (isa, size))) {
+        if winograd::tile_size::<f32>(isa, &shape, c, o).is_none() {
+            continue;
+        }
+        let filter = WinogradFilter::new(isa, size, &w, o, c);
         let mut y = vec![f32::NAN; want.len()];
         winograd::forward(&x, &filter, &shape, Epilogue::default(), &mut y);
-        assert_close(&y, &want, 2e-5, &format!("winograd {isa} {shape:?}"));
+        assert_close(&y, &want, 2e-5, &format!("winograd {size:?} {isa} {shape:?}"));
         let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
         y.fill(f32::NAN);
         winograd::forward(&x, &filter, &shape, epilogue, &mut y);
-        assert_close(&y, &finished, 2e-5, &format!("winograd with epilogue {isa} {shape:?}"));
+        assert_close(&y, &finished, 2e-5, &format!("winograd with epilogue {size:?} {isa} {shape:?}"));
+        // Both gradients.
+        let mut dx = vec![f32::NAN; x.len()];
+        let filter = WinogradFilter::for_backward_input(isa, size, &w, o, c);
+        winograd::forward(&dy, &filter, &ConvShape { c: o, o: c, ..shape }, Epilogue::default(), &mut dx);
+        assert_close(&dx, &want_dx, 2e-5, &format!("winograd's gradient to the input {size:?} {isa} {shape:?}"));
+        let mut dw = vec![f32::NAN; w.len()];
+        winograd_wgrad::backward_filter(isa, &x, &dy, &shape, &mut dw);
+        assert_close(&dw, &want_dw, 2e-5, &format!("winograd's gradient to the filter {isa} {shape:?}"));
     }
 }
 
@@ -246,14 +258,18 @@ proptest! {
 #[test]
 fn winograd_is_for_what_it_suits() {
     let isa = Isa::current();
-    let applies = |[o, k, c]: [usize; 3], stride: usize, padding: usize| {
-        winograd::applies(isa, &shape([1, 9, 9, c], [o, k, k], [stride; 2], [padding; 2]), c, o)
+    let size = |[o, k, c]: [usize; 3], stride: usize, padding: usize| {
+        let shape = shape([1, 9, 9, c], [o, k, k], [stride; 2], [padding; 2]);
+        let [f32, bf16] =
+            [winograd::tile_size::<f32>(isa, &shape, c, o), winograd::tile_size::<bf16>(isa, &shape, c, o)];
+        (f32, bf16)
     };
-    assert!(applies([64, 3, 64], 1, 1));
+    assert_eq!(size([64, 3, 64], 1, 1), (Some(TileSize::Four), Some(TileSize::Four)));
+    assert_eq!(size([512, 3, 512], 1, 1), (Some(TileSize::Two), None));
     for (dims, stride, padding) in
-        [([64, 3, 64], 2, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([512, 3, 512], 1, 1), ([64, 3, 3], 1, 1)]
+        [([64, 3, 64], 2, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([528, 3, 64], 1, 1), ([64, 3, 3], 1, 1)]
     {
-        assert!(!applies(dims, stride, padding), "{dims:?} {stride} {padding}");
+        assert_eq!(size(dims, stride, padding), (None, None), "{dims:?} {stride} {padding}");
     }
 }
 
