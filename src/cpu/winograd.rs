@@ -11,7 +11,7 @@
 
 use super::conv::ConvShape;
 use super::float::Float;
-use super::gemm::{Epilogue, Output, PackedB, TILE_ROWS, Tile};
+use super::gemm::{Epilogue, Output, TILE_ROWS, Tile};
 use super::simd::{Isa, Simd, Task, dispatch};
 use super::winograd_axes::{Axis, FilterAxis, InputAxis, OutputAxis, along_both};
 use crate::tensor::pool::Scratch;
@@ -51,11 +51,11 @@ impl TileSize {
     }
 }
 
-/// Filters transformed and packed: a matrix `[C, O]` for each position of a tile.
+/// Filters transformed and packed for the micro-kernel: `[position][panel of O][C][column of the panel]`, zero-padded.
 pub struct WinogradFilter {
     isa: Isa,
     size: TileSize,
-    positions: Vec<PackedB>,
+    panels: Scratch<f32>,
     c: usize,
     o: usize,
 }
@@ -81,40 +81,74 @@ pub fn tile_size<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> O
 impl WinogradFilter {
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
-        let transformed = transform_filters(isa, size, filter, o, c, false);
-        let pack = |matrix: &[f32]| PackedB::from_columns(isa, matrix, c, o, c);
-        WinogradFilter { isa, size, positions: transformed.chunks_exact(c * o).map(pack).collect(), c, o }
+        let turned = transposed(filter, o, 9 * c);
+        Self::pack(isa, size, &turned, c, o, |tap, c_in| (tap * c + c_in) * o)
     }
 
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged.
     pub fn for_backward_input(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
-        let transformed = transform_filters(isa, size, filter, o, c, true);
-        let pack = |matrix: &[f32]| PackedB::from_rows(isa, matrix, o, c, o, |row| row * c);
-        WinogradFilter { isa, size, positions: transformed.chunks_exact(c * o).map(pack).collect(), c: o, o: c }
+        Self::pack(isa, size, filter, o, c, |tap, o_in| (o_in * 9 + 8 - tap) * c)
+    }
+
+    /// From `c` to `o` channels; tap `t` from input channel `i` to all outputs begins at `start(t, i)` in `filter`.
+    fn pack(
+        isa: Isa,
+        size: TileSize,
+        filter: &[f32],
+        c: usize,
+        o: usize,
+        start: impl Fn(usize, usize) -> usize + Sync,
+    ) -> Self {
+        assert_eq!(filter.len(), o * 9 * c);
+        let width = isa.tile_columns();
+        let panels = o.div_ceil(width);
+        let mut packed = Scratch::take(size.positions() * panels * c * width);
+        if !o.is_multiple_of(width) {
+            packed.fill(0.0);
+        }
+        let out = Output::new(&mut packed);
+        (0..c).into_par_iter().for_each(|channel| {
+            let taps = std::array::from_fn(|tap| &filter[start(tap, channel)..][..o]);
+            dispatch(
+                isa,
+                FilterTransform { size, taps, out: &out, channel, panel: c * width, stride: panels * c * width },
+            );
+        });
+        WinogradFilter { isa, size, panels: packed, c, o }
+    }
+
+    fn panel(&self, position: usize, panel: usize) -> &[f32] {
+        let width = self.isa.tile_columns();
+        &self.panels[(position * self.o.div_ceil(width) + panel) * self.c * width..][..self.c * width]
     }
 }
 
-/// `G g G^T` of every filter, `[position][o][c]`; of the filters turned by half a turn if `turned`.
-fn transform_filters(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize, turned: bool) -> Scratch<f32> {
-    assert_eq!(filter.len(), o * 9 * c);
-    let mut transformed = Scratch::take(size.positions() * o * c);
-    let out = Output::new(&mut transformed);
-    filter.par_chunks_exact(9 * c).enumerate().for_each(|(i, filter)| {
-        let filter = FilterTransform { size, filter, c, turned, out: &out, at: i * c, stride: o * c };
-        dispatch(isa, filter);
+/// The transpose of `[rows, columns]`.
+fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Scratch<f32> {
+    assert_eq!(matrix.len(), rows * columns);
+    // A cache line of each row is read at once.
+    const LINE: usize = 16;
+    let mut out = Scratch::<f32>::take(matrix.len());
+    out.par_chunks_mut(LINE * rows).enumerate().for_each(|(i, out)| {
+        for row in 0..rows {
+            let values = &matrix[row * columns + i * LINE..][..out.len() / rows];
+            out[row..].iter_mut().step_by(rows).zip(values).for_each(|(out, &x)| *out = x);
+        }
     });
-    transformed
+    out
 }
 
-/// One filter `[3, 3, c]`; position `p` goes to `out[at + p * stride..]`.
+/// `G g G^T` of the filters from one input channel to all outputs.
 struct FilterTransform<'a> {
     size: TileSize,
-    filter: &'a [f32],
-    c: usize,
-    turned: bool,
+    /// `[3 * 3][o]`
+    taps: [&'a [f32]; 9],
     out: &'a Output<f32>,
-    at: usize,
+    channel: usize,
+    /// Values of a panel.
+    panel: usize,
+    /// Values of a position.
     stride: usize,
 }
 
@@ -136,16 +170,15 @@ impl FilterTransform<'_> {
     where
         FilterAxis: Axis<3, IN>,
     {
-        assert!(self.filter.len() == 9 * self.c && self.c.is_multiple_of(S::LANES));
-        for channel in (0..self.c).step_by(S::LANES) {
-            let load = |y: usize, x: usize| {
-                let tap = if self.turned { 8 - (y * 3 + x) } else { y * 3 + x };
-                // SAFETY: each of the nine taps has `c` values, and a whole vector of them from `channel` on.
-                unsafe { simd.load(self.filter.as_ptr().add(tap * self.c + channel)) }
-            };
+        let (o, width) = (self.taps[0].len(), S::LANES * S::VECTORS);
+        assert!(o.is_multiple_of(S::LANES) && self.taps.iter().all(|tap| tap.len() == o));
+        for column in (0..o).step_by(S::LANES) {
+            // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on.
+            let load = |y: usize, x: usize| unsafe { simd.load(self.taps[y * 3 + x].as_ptr().add(column)) };
+            let at = column / width * self.panel + self.channel * width + column % width;
             along_both::<FilterAxis, S, 3, IN>(simd, load, |position, value| {
-                // SAFETY: `[position][o][c]` is this filter's alone at its `o`.
-                unsafe { simd.store(self.out.pointer().add(self.at + position * self.stride + channel), value) };
+                // SAFETY: this channel's row of every panel is this task's alone.
+                unsafe { simd.store(self.out.pointer().add(position * self.stride + at), value) };
             });
         }
     }
@@ -296,10 +329,10 @@ where
         }
         for panel in self.panels.clone() {
             let columns = width.min(self.shape.o - panel * width);
-            for (position, b) in self.filter.positions.iter().enumerate() {
+            for position in 0..IN * IN {
                 let a = &inputs[position * count * c..][..count * c];
                 let product = &mut products[position * padded * width..][..padded * width];
-                multiply_panel(simd, a, c, b.panel(panel), product, columns);
+                multiply_panel(simd, a, c, self.filter.panel(position, panel), product, columns);
             }
             for (i, tile) in self.tiles.clone().enumerate() {
                 self.transform_output(simd, tile, &products[i * width..], padded * width, panel * width, columns);

@@ -8,9 +8,11 @@ use crate::cpu::Isa;
 use crate::cpu::conv::{ConvShape, PackedFilter, Splitting};
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
+use crate::tensor::pool::Scratch;
 use crate::tensor::{DType, Device, Tensor};
 use crate::{cpu, cuda};
 use half::bf16;
+use rayon::prelude::*;
 
 /// Filters and bias, packed for a device, a type of activations, and the algorithm that suits their shape.
 enum Filter {
@@ -43,10 +45,12 @@ impl FusedConv2d {
                 &[&[scale.len()], &[shift.len()]],
             ));
         }
-        let mut folded = weight.to_f32_vec()?;
-        for (filter, scale) in folded.chunks_exact_mut(kh * kw * c).zip(scale) {
-            filter.iter_mut().for_each(|w| *w *= scale);
-        }
+        let weight_on_cpu = weight.to_device(Device::Cpu)?;
+        let mut folded = Scratch::<f32>::take(weight.numel());
+        let filters = weight_on_cpu.as_slice::<f32>().par_chunks_exact(kh * kw * c);
+        folded.par_chunks_exact_mut(kh * kw * c).zip(filters).zip(scale).for_each(|((folded, filter), scale)| {
+            folded.iter_mut().zip(filter).for_each(|(folded, w)| *folded = w * scale);
+        });
         let (isa, dims, bias) = (Isa::current(), [o, kh, kw, c], shift.to_vec());
         // Packing asks for the filter's extents alone.
         let shape = ConvShape { n: 0, h: kh, w: kw, c, o, kh, kw, stride: params.stride, padding: params.padding };

@@ -5,6 +5,7 @@
 //! pool is initialised but holds whatever its last user left: kernels write every element of their output.
 
 use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -17,18 +18,60 @@ struct Line([u8; 64]);
 /// of the full ones; anything larger would be wasted on it.
 const MAX_WASTE: usize = 4;
 
-/// Free blocks by size in lines.
-static FREE: Mutex<BTreeMap<usize, Vec<Vec<Line>>>> = Mutex::new(BTreeMap::new());
+/// What is at least so large is asked for in huge pages: each is touched for the first time once instead of 512 times, and
+/// takes one entry of the translation buffers.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Memory of the operating system.
+enum Memory {
+    /// From the allocator.
+    Lines(Vec<Line>),
+    /// Pages of its own.
+    Pages(MmapMut),
+}
+
+impl Memory {
+    fn zeroed(lines: usize) -> Memory {
+        let bytes = lines * size_of::<Line>();
+        if bytes >= HUGE_PAGE
+            && let Ok(pages) = MmapMut::map_anon(bytes)
+        {
+            // Where the system has none, pages of the usual size do.
+            #[cfg(target_os = "linux")]
+            pages.advise(memmap2::Advice::HugePage).ok();
+            return Memory::Pages(pages);
+        }
+        Memory::Lines(bytemuck::allocation::zeroed_vec(lines))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Memory::Lines(lines) => bytemuck::cast_slice(lines),
+            Memory::Pages(pages) => pages,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            Memory::Pages(pages) => pages,
+        }
+    }
+}
+
+/// Free blocks by size in bytes.
+static FREE: Mutex<BTreeMap<usize, Vec<Memory>>> = Mutex::new(BTreeMap::new());
 
 /// A block of memory that returns to the pool when dropped.
-pub struct Block(Vec<Line>);
+pub struct Block(Memory);
 
 impl Block {
     /// At least `bytes` bytes of unspecified content, aligned to 64.
     pub fn take(bytes: usize) -> Block {
         let lines = bytes.div_ceil(size_of::<Line>());
         let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let size = free.range(lines..=lines.saturating_mul(MAX_WASTE)).next().map(|(&size, _)| size);
+        let least = lines.saturating_mul(size_of::<Line>());
+        let size = free.range(least..=least.saturating_mul(MAX_WASTE)).next().map(|(&size, _)| size);
         let recycled = size.and_then(|size| {
             let blocks = free.get_mut(&size)?;
             let block = blocks.pop();
@@ -38,26 +81,27 @@ impl Block {
             block
         });
         drop(free);
-        Block(recycled.unwrap_or_else(|| bytemuck::allocation::zeroed_vec(lines)))
+        Block(recycled.unwrap_or_else(|| Memory::zeroed(lines)))
     }
 
     /// The first `len` elements.
     pub fn as_slice<T: Pod>(&self, len: usize) -> &[T] {
-        &bytemuck::cast_slice(&self.0)[..len]
+        &bytemuck::cast_slice(self.0.bytes())[..len]
     }
 
     /// The first `len` elements, to write to.
     pub fn as_mut_slice<T: Pod>(&mut self, len: usize) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.0)[..len]
+        &mut bytemuck::cast_slice_mut(self.0.bytes_mut())[..len]
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.0);
-        if !lines.is_empty() {
+        let memory = std::mem::replace(&mut self.0, Memory::Lines(Vec::new()));
+        let size = memory.bytes().len();
+        if size > 0 {
             let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            free.entry(lines.len()).or_default().push(lines);
+            free.entry(size).or_default().push(memory);
         }
     }
 }
