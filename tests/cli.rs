@@ -309,6 +309,23 @@ fn bench_reports_its_figures() {
 }
 
 #[test]
+fn a_sweep_draws_what_it_prints() {
+    let dir = TempDir::new().unwrap();
+    let plot = dir.path().join("sweep.svg");
+    let args =
+        ["bench", "sweep", "--batch", "1", "--size", "32", "--seconds", "0.001", "--json", "--plot", text(&plot)];
+    let lines = ok(&args);
+    let points: Vec<_> = lines.iter().map(|line| (line["batch"].as_u64(), line["size"].as_u64())).collect();
+    assert!(points.contains(&(Some(256), Some(32))) && points.contains(&(Some(1), Some(511))), "{points:?}");
+    assert!(lines.iter().all(|line| line["images_per_second"].as_f64().unwrap() > 0.0));
+    let svg = std::fs::read_to_string(&plot).unwrap();
+    assert!(svg.starts_with("<svg") && svg.matches("<circle").count() == points.len(), "{svg}");
+    let error =
+        fails(&["bench", "sweep", "--batch", "1", "--size", "32", "--seconds", "0.001", "--plot", "/nowhere/x.svg"], 1);
+    assert!(error.contains("/nowhere"), "{error}");
+}
+
+#[test]
 fn runs_go_to_a_dated_folder_by_default() {
     let dir = TempDir::new().unwrap();
     let run = || {

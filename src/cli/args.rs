@@ -332,6 +332,8 @@ pub enum BenchKind {
     Train,
     /// Every convolution of the network, each pass on its own
     Kernels,
+    /// Inference over batches of 1 to 256 and sizes of 64 to 512 pixels
+    Sweep,
 }
 
 #[derive(clap::Args)]
@@ -348,6 +350,9 @@ pub struct Bench {
     /// How long to measure, at least three steps
     #[arg(long, default_value = "6", value_parser = positive)]
     pub seconds: f64,
+    /// Where `sweep` draws its figures, as SVG
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    pub plot: Option<PathBuf>,
     #[command(flatten)]
     pub common: Common,
 }

@@ -23,12 +23,14 @@ const AT_LEAST: usize = 3;
 /// Steps that a card is given before it is waited for.
 const GROUP: usize = 4;
 /// The head of a benchmark's network, torchvision's.
-const CLASSES: usize = 1000;
+pub const CLASSES: usize = 1000;
 
 pub fn run(args: Bench) -> Result<()> {
     let placement = args.common.placement()?;
-    if let BenchKind::Kernels = args.what {
-        return super::bench_kernels::run(&args, placement);
+    match args.what {
+        BenchKind::Kernels => return super::bench_kernels::run(&args, placement),
+        BenchKind::Sweep => return super::bench_sweep::run(&args, placement),
+        BenchKind::Forward | BenchKind::Train => {}
     }
     measure(&args, placement).map_err(|e| e.with_batch(args.batch as usize))
 }
@@ -37,19 +39,11 @@ fn measure(args: &Bench, placement: Placement) -> Result<()> {
     let (batch, size) = (args.batch as usize, args.size as usize);
     let network = ResNet18::new(CLASSES, 0);
     placement.move_network(&network)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(0);
-    let images = Tensor::build([batch, size, size, 3], |x: &mut [f32]| {
-        x.iter_mut().for_each(|x| *x = rng.random_range(-2.0..2.0));
-    });
-    let images = placement.place(&images)?;
+    let images = random_images(batch, size, placement)?;
     let forward = 2.0 * network.multiply_adds(batch, size, size) as f64;
     let (name, operations, seconds) = match args.what {
-        BenchKind::Forward => {
-            let seconds =
-                median(placement.device, args.seconds, || no_grad(|| network.forward(&images, false)).map(drop))?;
-            ("forward", forward, seconds)
-        }
-        BenchKind::Kernels => unreachable!("measured elsewhere"),
+        BenchKind::Forward => ("forward", forward, forward_seconds(&network, &images, placement.device, args.seconds)?),
+        BenchKind::Kernels | BenchKind::Sweep => unreachable!("measured elsewhere"),
         BenchKind::Train => {
             let labels: Vec<i64> = (0..batch as i64).map(|i| i % CLASSES as i64).collect();
             let labels = Tensor::from_slice(&labels, [batch])?;
@@ -89,6 +83,20 @@ fn measure(args: &Bench, placement: Placement) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Noise, as large as normalised pictures.
+pub fn random_images(batch: usize, size: usize, placement: Placement) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let images = Tensor::build([batch, size, size, 3], |x: &mut [f32]| {
+        x.iter_mut().for_each(|x| *x = rng.random_range(-2.0..2.0));
+    });
+    placement.place(&images)
+}
+
+/// Median of the time of a forward pass, in seconds.
+pub fn forward_seconds(network: &ResNet18, images: &Tensor, device: Device, seconds: f64) -> Result<f64> {
+    median(device, seconds, || no_grad(|| network.forward(images, false)).map(drop))
 }
 
 /// Median of the time of `step` over `seconds`, in seconds. On a card steps are given ahead of their execution, as in training,

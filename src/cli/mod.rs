@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod bench_kernels;
+mod bench_sweep;
 mod demo;
 mod doctor;
 mod features;

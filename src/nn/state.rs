@@ -95,10 +95,10 @@ impl ResNet18 {
         for ((name, slot), shape) in wanted.zip(&shapes) {
             match slot {
                 Slot::Values(parameter) => {
-                    let values = file.f32(name)?;
+                    let values = file.f32_in_place(name)?;
                     parameter.set(match shape.len() {
                         4 => layout::from_channels_first(&values, shape)?,
-                        _ => Tensor::from_slice(&values, shape.as_slice())?,
+                        _ => Tensor::from_slice::<f32>(&values, shape.as_slice())?,
                     })?;
                 }
                 Slot::Count(count) if file.get(name).is_some() => {
@@ -128,10 +128,10 @@ impl ResNet18 {
             match slot {
                 Slot::Values(parameter) => {
                     let shape = file_shape(parameter.shape());
-                    let values = file.f32(&name)?;
+                    let values = file.f32_in_place(&name)?;
                     parameter.set(match shape.len() {
                         4 => layout::from_channels_first(&values, &shape)?,
-                        _ => Tensor::from_slice(&values, shape)?,
+                        _ => Tensor::from_slice::<f32>(&values, shape)?,
                     })?;
                 }
                 Slot::Count(count) => count.store(file.i64(&name)?.first().copied().unwrap_or(0), Ordering::Relaxed),

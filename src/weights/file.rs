@@ -5,6 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -104,15 +105,23 @@ impl WeightsFile {
 
     /// The elements of a tensor of F32, F16, BF16 or F64, as f32.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.f32_in_place(name)?.into_owned())
+    }
+
+    /// The same, from the mapped file itself where that is possible.
+    pub fn f32_in_place(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         let (entry, bytes) = self.require(name)?;
-        // Elements are copied out piece by piece: nothing says that they are aligned in the file.
-        Ok(match entry.dtype {
-            Dtype::F32 => elements(bytes, f32::from_le_bytes),
+        // Elements are copied out piece by piece where they are not aligned in the file; nothing says that they are.
+        Ok(Cow::Owned(match entry.dtype {
+            Dtype::F32 => match bytemuck::try_cast_slice(bytes) {
+                Ok(values) if cfg!(target_endian = "little") => return Ok(Cow::Borrowed(values)),
+                _ => elements(bytes, f32::from_le_bytes),
+            },
             Dtype::F64 => elements(bytes, |b| f64::from_le_bytes(b) as f32),
             Dtype::F16 => halves(&elements(bytes, f16::from_le_bytes)),
             Dtype::BF16 => halves(&elements(bytes, bf16::from_le_bytes)),
             _ => return Err(self.wrong_type(entry, "F32, F16, BF16 or F64")),
-        })
+        }))
     }
 
     /// The elements of a tensor of integers, as i64.
