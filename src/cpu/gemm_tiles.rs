@@ -5,7 +5,7 @@
 //! "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). [`Splitting`] says
 //! which. What is packed is packed in so many parts; values that are bf16 have one.
 //!
-//! Blocking: a block of rows and depth of A is packed, [`ROWS`] by [`DEPTH`], which is an eighth of a 2 MiB L2 for each part; for
+//! Blocking: a block of rows and depth of A is packed, `ROWS` by `DEPTH`, which is an eighth of a 2 MiB L2 for each part; for
 //! each panel of 32 columns the panel's piece of B, 32 KiB, stays in L1 while the rows of the block pass by. Sums over the blocks
 //! of depth before lie in a buffer of f32. These sizes follow from counting bytes.
 
