@@ -68,7 +68,7 @@ fn measure(args: &Bench, placement: Placement) -> Result<()> {
         }
     };
     let threads = rayon::current_num_threads();
-    let precision = format!("{:?}", placement.precision).to_lowercase();
+    let precision = placement.precision.to_string();
     let (rate, gflops) = (batch as f64 / seconds, operations / seconds / 1e9);
     if args.common.json {
         report::json_line(&json!({

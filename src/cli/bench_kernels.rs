@@ -146,7 +146,7 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
 pub fn run(args: &Bench, placement: Placement) -> Result<()> {
     let roof = Roof::measure(placement)?;
     let (json, device, dtype) = (args.common.json, placement.device, placement.dtype());
-    let precision = format!("{:?}", placement.precision).to_lowercase();
+    let precision = placement.precision.to_string();
     let say = |text: String| {
         if !json {
             report::line(&text)

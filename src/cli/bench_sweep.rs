@@ -14,8 +14,8 @@ use serde_json::json;
 use std::path::Path;
 
 const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
-/// Every other one is as awkward for tiles as can be.
-const SIZES: [usize; 18] = [64, 65, 96, 97, 128, 129, 160, 191, 224, 225, 256, 257, 320, 321, 384, 447, 512, 511];
+/// In ascending order; the odd ones are awkward for tiles.
+const SIZES: [usize; 18] = [64, 65, 96, 97, 128, 129, 160, 191, 224, 225, 256, 257, 320, 321, 384, 447, 511, 512];
 /// The largest size is not measured with more pictures than fit beside each other in the memory of a small machine.
 const PIXELS: usize = 64 * 224 * 224;
 
@@ -57,7 +57,7 @@ fn series(args: &Bench, network: &ResNet18, placement: Placement, points: &[(usi
         let images_per_second = batch as f64 / seconds;
         let gflops = 2.0 * network.multiply_adds(batch, size, size) as f64 / seconds / 1e9;
         let point = Point { batch, size, images_per_second, gflops };
-        let precision = format!("{:?}", placement.precision).to_lowercase();
+        let precision = placement.precision.to_string();
         if args.common.json {
             report::json_line(&json!({
                 "bench": "sweep", "device": placement.device.to_string(), "precision": precision, "batch": batch, "size": size,
@@ -114,24 +114,22 @@ fn draw(
     chart.draw_series(LineSeries::new(places(), &BLUE))?;
     chart.draw_series(places().map(|place| Circle::new(place, 3, BLUE.filled())))?;
 
-    let (smallest, largest) = (SIZES.iter().min().unwrap_or(&1), SIZES.iter().max().unwrap_or(&1));
+    let (smallest, largest) = (SIZES[0] as f64, SIZES[SIZES.len() - 1] as f64);
     let mut chart = ChartBuilder::on(&right)
         .caption(format!("batch {}, as memory allows", over_sizes[0].batch), ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(*smallest as f64..*largest as f64, 0.0..best(over_sizes, |p| p.gflops))?;
+        .build_cartesian_2d(smallest..largest, 0.0..best(over_sizes, |p| p.gflops))?;
     chart
         .configure_mesh()
         .x_desc("side in pixels")
         .y_desc("GFLOP/s")
         .x_label_formatter(&|x| format!("{x:.0}"))
         .draw()?;
-    let mut places: Vec<(f64, f64)> = over_sizes.iter().map(|p| (p.size as f64, p.gflops)).collect();
-    places.sort_by(|a, b| a.0.total_cmp(&b.0));
-    chart.draw_series(LineSeries::new(places.iter().copied(), &BLUE))?;
-    chart.draw_series(places.into_iter().map(|place| Circle::new(place, 3, BLUE.filled())))?;
+    let places = || over_sizes.iter().map(|p| (p.size as f64, p.gflops));
+    chart.draw_series(LineSeries::new(places(), &BLUE))?;
+    chart.draw_series(places().map(|place| Circle::new(place, 3, BLUE.filled())))?;
     area.present()?;
-    drop((left, right));
     Ok(())
 }

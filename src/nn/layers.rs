@@ -140,8 +140,7 @@ pub struct ConvBn {
 
 impl ConvBn {
     /// Filters drawn as torchvision does (He et al., 2015, by fan-out), or, without a seed, of any value, for a file to set.
-    /// `conv` and `bn` are prefixes of names; `shape` is
-    /// `[O, KH, KW, I]`.
+    /// `conv` and `bn` are prefixes of names; `shape` is `[O, KH, KW, I]`.
     pub fn new(conv: &str, bn: &str, shape: [usize; 4], params: Conv2dParams, seed: Option<u64>) -> Self {
         let name = format!("{conv}.weight");
         let std = (2.0 / (shape[0] * shape[1] * shape[2]) as f32).sqrt();

@@ -94,13 +94,7 @@ impl ResNet18 {
         check(file, &expected, without).into_result(file.path())?;
         for ((name, slot), shape) in wanted.zip(&shapes) {
             match slot {
-                Slot::Values(parameter) => {
-                    let values = file.f32_in_place(name)?;
-                    parameter.set(match shape.len() {
-                        4 => layout::from_channels_first(&values, shape)?,
-                        _ => Tensor::from_slice::<f32>(&values, shape.as_slice())?,
-                    })?;
-                }
+                Slot::Values(parameter) => parameter.set(read_values(file, name, shape)?)?,
                 Slot::Count(count) if file.get(name).is_some() => {
                     count.store(file.i64(name)?.first().copied().unwrap_or(0), Ordering::Relaxed);
                 }
@@ -127,17 +121,21 @@ impl ResNet18 {
             let name = format!("{prefix}{name}");
             match slot {
                 Slot::Values(parameter) => {
-                    let shape = file_shape(parameter.shape());
-                    let values = file.f32_in_place(&name)?;
-                    parameter.set(match shape.len() {
-                        4 => layout::from_channels_first(&values, &shape)?,
-                        _ => Tensor::from_slice::<f32>(&values, shape)?,
-                    })?;
+                    parameter.set(read_values(file, &name, &file_shape(parameter.shape()))?)?;
                 }
                 Slot::Count(count) => count.store(file.i64(&name)?.first().copied().unwrap_or(0), Ordering::Relaxed),
             }
         }
         Ok(())
+    }
+}
+
+/// A tensor of the file in hone's layout; `shape` is the file's.
+fn read_values(file: &WeightsFile, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let values = file.f32_in_place(name)?;
+    match shape.len() {
+        4 => layout::from_channels_first(&values, shape),
+        _ => Tensor::from_slice::<f32>(&values, shape),
     }
 }
 
