@@ -7,7 +7,8 @@ pub use super::gemm_tiles::Splitting;
 use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
-use super::winograd::{self, TileSize, WinogradFilter};
+use super::winograd::{self, Algorithm, WinogradFilter};
+use super::winograd_strips::{self, StripFilter};
 use super::winograd_wgrad;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -149,8 +150,10 @@ fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
 pub enum PackedFilter<T> {
     /// A product over the patches.
     Direct(PackedB<T>),
-    /// F(4x4, 3x3) or F(2x2, 3x3).
+    /// Winograd's algorithm, filters transformed beforehand.
     Winograd(WinogradFilter),
+    /// Winograd's algorithm, filters transformed when they are used.
+    Strips(StripFilter),
     /// A product over the patches, on tiles.
     Tiles(Isa, TileFilter),
 }
@@ -163,9 +166,10 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitt
         let depth = shape.kh * shape.kw * shape.c;
         return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
     }
-    match winograd::tile_size::<T>(isa, shape, shape.c, shape.o) {
-        Some(size) => PackedFilter::Winograd(WinogradFilter::new(isa, size, filter, shape.o, shape.c)),
-        None => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
+    match winograd::algorithm::<T>(isa, shape, shape.c, shape.o) {
+        Algorithm::Blocks => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
+        Algorithm::Strips => PackedFilter::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
+        Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
     }
 }
 
@@ -180,6 +184,7 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
     match filter {
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
         PackedFilter::Winograd(filter) => winograd::forward(x, filter, shape, epilogue, y),
+        PackedFilter::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
         PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
             let multiply = gemm_tiles::multiply::<U, T>;
             if shape.merges_taps() {
@@ -210,12 +215,18 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
             on_tiles!(isa, U => gemm_tiles::multiply::<U, T>(isa, dy, gather, &packed, dx, Epilogue::default()));
         });
     }
-    if let Some(size) = winograd::tile_size::<T>(isa, shape, shape.o, shape.c) {
-        let filter = WinogradFilter::for_backward_input(isa, size, filter, shape.o, shape.c);
-        let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
-        return winograd::forward(dy, &filter, &turned, Epilogue::default(), dx);
+    let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
+    match winograd::algorithm::<T>(isa, shape, shape.o, shape.c) {
+        Algorithm::Blocks => {
+            let filter = WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c);
+            winograd::forward(dy, &filter, &turned, Epilogue::default(), dx);
+        }
+        Algorithm::Strips if shape.stride == [1, 1] => {
+            let filter = StripFilter::for_backward_input(isa, filter, shape.o, shape.c);
+            winograd_strips::forward(dy, &filter, &turned, Epilogue::default(), dx);
+        }
+        _ => backward_input_directly(isa, dy, filter, shape, dx),
     }
-    backward_input_directly(isa, dy, filter, shape, dx);
 }
 
 /// [`backward_input`] as products over patches of the output's gradient.
@@ -287,9 +298,9 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match winograd::tile_size::<T>(isa, shape, shape.c, shape.o) {
-        Some(TileSize::Four) if !isa.has_tiles() => winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter),
-        _ => backward_filter_directly(isa, x, dy, shape, dfilter),
+    match winograd_wgrad::suits::<T>(isa, shape) {
+        true => winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter),
+        false => backward_filter_directly(isa, x, dy, shape, dfilter),
     }
 }
 

@@ -30,7 +30,7 @@ const FEW_BLOCKS: usize = 16;
 const PACK_ROWS: usize = 64;
 
 /// What a padded tap reads.
-static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
+pub(super) static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
 
 /// The right side of a product, `[depth, columns]`, packed in panels: `[panel][word][tile columns][value of the word]`,
 /// zero-padded.
@@ -141,6 +141,29 @@ pub struct Epilogue<'a, T = f32> {
     pub residual: Option<&'a [T]>,
     /// Whether negative results become zero.
     pub relu: bool,
+}
+
+impl<T: Float> Epilogue<'_, T> {
+    /// Finishes a vector of sums and stores it at `c[at..]`; `bias` is that of its columns.
+    ///
+    /// # Safety
+    /// `c` is valid for writing a vector at `at`, and the residual as long as `c`.
+    #[inline(always)]
+    pub(super) unsafe fn store<S: Simd>(&self, simd: S, mut sum: S::V, bias: Option<S::V>, c: *mut T, at: usize) {
+        // SAFETY: the contract.
+        unsafe {
+            if let Some(bias) = bias {
+                sum = simd.add(sum, bias);
+            }
+            if let Some(residual) = self.residual {
+                sum = simd.add(sum, T::load(simd, residual.as_ptr().add(at)));
+            }
+            if self.relu {
+                sum = simd.relu(sum);
+            }
+            T::store(simd, c.add(at), sum);
+        }
+    }
 }
 
 impl<T> Default for Epilogue<'_, T> {
@@ -294,6 +317,7 @@ impl<T: Float> Task for Block<'_, T> {
 
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
 pub(super) struct Tile<'a, T> {
+    /// For each run, where each of the rows has it; past the last row anything readable.
     pub(super) runs: &'a [[*const f32; TILE_ROWS]],
     pub(super) words: usize,
     pub(super) b: *const f32,
@@ -310,19 +334,33 @@ pub(super) struct Tile<'a, T> {
 }
 
 impl<T: Float> Tile<'_, T> {
-    /// Chooses the number of vectors that the columns need.
+    /// Chooses the kernel for the rows and the vectors that the columns need.
     ///
     /// # Safety
     /// As for [`Tile::micro_kernel`].
     #[inline(always)]
     pub(super) unsafe fn compute<S: Simd>(&self, simd: S) {
+        // SAFETY: passed on.
+        unsafe {
+            match self.rows {
+                ..=2 => self.compute_rows::<S, 2>(simd),
+                3..=4 => self.compute_rows::<S, 4>(simd),
+                _ => self.compute_rows::<S, TILE_ROWS>(simd),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Tile::micro_kernel`].
+    #[inline(always)]
+    unsafe fn compute_rows<S: Simd, const R: usize>(&self, simd: S) {
         // SAFETY: passed on; every narrower kernel reads the same rows of B and fewer of their columns.
         unsafe {
             match self.columns.div_ceil(S::LANES) {
-                1 => self.micro_kernel::<S, 1>(simd),
-                2 => self.micro_kernel::<S, 2>(simd),
-                3 => self.micro_kernel::<S, 3>(simd),
-                _ => self.micro_kernel::<S, 4>(simd),
+                1 => self.micro_kernel::<S, R, 1>(simd),
+                2 => self.micro_kernel::<S, R, 2>(simd),
+                3 => self.micro_kernel::<S, R, 3>(simd),
+                _ => self.micro_kernel::<S, R, 4>(simd),
             }
         }
     }
@@ -332,9 +370,9 @@ impl<T: Float> Tile<'_, T> {
     /// `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which nothing else touches
     /// meanwhile.
     #[inline(always)]
-    unsafe fn micro_kernel<S: Simd, const V: usize>(&self, simd: S) {
+    unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S) {
         let width = S::LANES * S::VECTORS;
-        let mut sums = [[simd.splat(0.0); V]; TILE_ROWS];
+        let mut sums = [[simd.splat(0.0); V]; R];
         if let Some(before) = self.before {
             for (r, sums) in sums.iter_mut().enumerate() {
                 for (v, sum) in sums.iter_mut().enumerate() {
@@ -349,7 +387,7 @@ impl<T: Float> Tile<'_, T> {
             for k in 0..self.words {
                 // SAFETY: the contract above.
                 let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
-                for r in 0..TILE_ROWS {
+                for r in 0..R {
                     // SAFETY: the contract above.
                     let a = simd.splat(unsafe { pointers[r].add(k).read_unaligned() });
                     for v in 0..V {
@@ -435,17 +473,8 @@ pub(super) unsafe fn finish_row<T: Float>(isa: Isa, sums: &[f32], c: &Output<T>,
             let Row(sums, c, at, epilogue) = self;
             // SAFETY: the contract.
             unsafe {
-                let mut sum = simd.load(sums.as_ptr().add(i));
-                if let Some(bias) = epilogue.bias {
-                    sum = simd.add(sum, simd.load(bias[i..].as_ptr()));
-                }
-                if let Some(residual) = epilogue.residual {
-                    sum = simd.add(sum, T::load(simd, residual[at + i..].as_ptr()));
-                }
-                if epilogue.relu {
-                    sum = simd.relu(sum);
-                }
-                T::store(simd, c.add(at + i), sum);
+                let bias = epilogue.bias.map(|bias| simd.load(bias[i..].as_ptr()));
+                epilogue.store(simd, simd.load(sums.as_ptr().add(i)), bias, *c, at + i);
             }
         }
     }

@@ -26,6 +26,8 @@ mod portable;
 mod simd;
 pub mod winograd;
 mod winograd_axes;
+mod winograd_points;
+pub mod winograd_strips;
 pub mod winograd_wgrad;
 
 pub use float::Float;

@@ -13,109 +13,89 @@ use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::{Epilogue, Output, TILE_ROWS, Tile};
 use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_axes::{Axis, FilterAxis, InputAxis, OutputAxis, along_both};
+use super::winograd_axes::{FilterAxis, InputAxis, OutputAxis, along_both};
+use super::winograd_strips;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// With more channels, of input or output, the transformed filters of F(4x4, 3x3), four times the filters, take longer to
-/// read than they save.
-const MAX_CHANNELS_OF_FOUR: usize = 256;
-/// The same of F(2x2, 3x3), less than twice the filters.
-pub(super) const MAX_CHANNELS: usize = 512;
+/// With more channels, of input or output, the transformed filters, four times the filters, do not stay in L2 beside the
+/// tiles: [`super::winograd_strips`] then transforms them when they are used.
+pub(super) const MAX_CHANNELS: usize = 128;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
 /// Panels are divided among tasks until there are this many.
 const TASKS: usize = 8;
 
-/// How many outputs a tile has along one axis; it sees two inputs more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TileSize {
-    /// F(2x2, 3x3).
-    Two,
-    /// F(4x4, 3x3).
-    Four,
-}
-
-impl TileSize {
-    pub(super) fn outputs(self) -> usize {
-        match self {
-            TileSize::Two => 2,
-            TileSize::Four => 4,
-        }
-    }
-
-    /// Products of a tile for a pair of channels.
-    pub(super) fn positions(self) -> usize {
-        (self.outputs() + 2).pow(2)
-    }
-}
+/// Outputs of a tile along one axis, and the inputs they see.
+pub(super) const OUT: usize = 4;
+pub(super) const IN: usize = 6;
+/// Products of a tile for a pair of channels.
+pub(super) const POSITIONS: usize = IN * IN;
 
 /// Filters transformed and packed for the micro-kernel: `[position][panel of O][C][column of the panel]`, zero-padded.
 pub struct WinogradFilter {
     isa: Isa,
-    size: TileSize,
     panels: Scratch<f32>,
     c: usize,
     o: usize,
 }
 
-/// The tiles for a convolution of this geometry from `c` to `o` channels, if it is worth it: 3x3, stride one, padding one, whole
+/// How a convolution from `c` to `o` channels runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// As a product over the patches.
+    Direct,
+    /// By this module.
+    Blocks,
+    /// By [`super::winograd_strips`].
+    Strips,
+}
+
+/// The algorithm for a convolution of this geometry from `c` to `o` channels. Winograd's is for 3x3 filters, padding one, and whole
 /// vectors of channels.
-pub fn tile_size<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Option<TileSize> {
+pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
     let lanes = isa.lanes();
-    let fits = [shape.kh, shape.kw] == [3, 3]
-        && shape.stride == [1, 1]
-        && shape.padding == [1, 1]
-        && c.is_multiple_of(lanes)
-        && o.is_multiple_of(lanes);
-    match c.max(o) {
-        _ if !fits => None,
-        0..=MAX_CHANNELS_OF_FOUR => Some(TileSize::Four),
-        // Half of the products in f32 are no gain over all of them in bf16.
-        ..=MAX_CHANNELS if T::PER_WORD == 1 => Some(TileSize::Two),
-        _ => None,
+    let fits =
+        [shape.kh, shape.kw] == [3, 3] && shape.padding == [1, 1] && c.is_multiple_of(lanes) && o.is_multiple_of(lanes);
+    match (shape.stride, c.max(o)) {
+        _ if !fits || isa.has_tiles() => Algorithm::Direct,
+        ([1, 1], ..=MAX_CHANNELS) => Algorithm::Blocks,
+        ([1, 1], ..=winograd_strips::MAX_CHANNELS) => Algorithm::Strips,
+        // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.
+        ([2, 2], ..=winograd_strips::MAX_CHANNELS) if T::PER_WORD == 1 => Algorithm::Strips,
+        _ => Algorithm::Direct,
     }
 }
 
 impl WinogradFilter {
     /// From filters `[o, 3, 3, c]`.
-    pub fn new(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
+    pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         let turned = transposed(filter, o, 9 * c);
-        Self::pack(isa, size, &turned, c, o, |tap, c_in| (tap * c + c_in) * o)
+        Self::pack(isa, &turned, c, o, |tap, c_in| (tap * c + c_in) * o)
     }
 
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged.
-    pub fn for_backward_input(isa: Isa, size: TileSize, filter: &[f32], o: usize, c: usize) -> Self {
-        Self::pack(isa, size, filter, o, c, |tap, o_in| (o_in * 9 + 8 - tap) * c)
+    pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        Self::pack(isa, filter, o, c, |tap, o_in| (o_in * 9 + 8 - tap) * c)
     }
 
     /// From `c` to `o` channels; tap `t` from input channel `i` to all outputs begins at `start(t, i)` in `filter`.
-    fn pack(
-        isa: Isa,
-        size: TileSize,
-        filter: &[f32],
-        c: usize,
-        o: usize,
-        start: impl Fn(usize, usize) -> usize + Sync,
-    ) -> Self {
+    fn pack(isa: Isa, filter: &[f32], c: usize, o: usize, start: impl Fn(usize, usize) -> usize + Sync) -> Self {
         assert_eq!(filter.len(), o * 9 * c);
         let width = isa.tile_columns();
         let panels = o.div_ceil(width);
-        let mut packed = Scratch::take(size.positions() * panels * c * width);
+        let mut packed = Scratch::take(POSITIONS * panels * c * width);
         if !o.is_multiple_of(width) {
             packed.fill(0.0);
         }
         let out = Output::new(&mut packed);
         (0..c).into_par_iter().for_each(|channel| {
             let taps = std::array::from_fn(|tap| &filter[start(tap, channel)..][..o]);
-            dispatch(
-                isa,
-                FilterTransform { size, taps, out: &out, channel, panel: c * width, stride: panels * c * width },
-            );
+            dispatch(isa, FilterTransform { taps, out: &out, channel, panel: c * width, stride: panels * c * width });
         });
-        WinogradFilter { isa, size, panels: packed, c, o }
+        WinogradFilter { isa, panels: packed, c, o }
     }
 
     fn panel(&self, position: usize, panel: usize) -> &[f32] {
@@ -141,7 +121,6 @@ fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Scratch<f32> {
 
 /// `G g G^T` of the filters from one input channel to all outputs.
 struct FilterTransform<'a> {
-    size: TileSize,
     /// `[3 * 3][o]`
     taps: [&'a [f32]; 9],
     out: &'a Output<f32>,
@@ -157,19 +136,6 @@ impl Task for FilterTransform<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        match self.size {
-            TileSize::Two => self.transform::<S, 4>(simd),
-            TileSize::Four => self.transform::<S, 6>(simd),
-        }
-    }
-}
-
-impl FilterTransform<'_> {
-    #[inline(always)]
-    fn transform<S: Simd, const IN: usize>(self, simd: S)
-    where
-        FilterAxis: Axis<3, IN>,
-    {
         let (o, width) = (self.taps[0].len(), S::LANES * S::VECTORS);
         assert!(o.is_multiple_of(S::LANES) && self.taps.iter().all(|tap| tap.len() == o));
         for column in (0..o).step_by(S::LANES) {
@@ -184,20 +150,24 @@ impl FilterTransform<'_> {
     }
 }
 
+/// The channels of a pixel of padding.
+#[inline(always)]
+pub(super) fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
+    static ZEROS: [f32; winograd_strips::MAX_CHANNELS] = [0.0; winograd_strips::MAX_CHANNELS];
+    &bytemuck::cast_slice(&ZEROS)[..channels]
+}
+
 /// The tiles of a convolution's output.
 #[derive(Clone, Copy)]
 pub(super) struct TileGrid {
     images: usize,
-    /// Outputs of a tile along one axis.
-    outputs: usize,
     /// Tiles of an image, down and across.
     across: [usize; 2],
 }
 
 impl TileGrid {
-    pub(super) fn new(shape: &ConvShape, size: TileSize) -> Self {
-        let outputs = size.outputs();
-        TileGrid { images: shape.n, outputs, across: shape.output().map(|extent| extent.div_ceil(outputs)) }
+    pub(super) fn new(shape: &ConvShape) -> Self {
+        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -207,7 +177,7 @@ impl TileGrid {
     /// Image, and first output row and column of a tile.
     pub(super) fn place(&self, tile: usize) -> [usize; 3] {
         let [down, across] = self.across;
-        [tile / (down * across), tile / across % down * self.outputs, tile % across * self.outputs]
+        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
     }
 
     /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
@@ -215,7 +185,7 @@ impl TileGrid {
     /// # Safety
     /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
     #[inline(always)]
-    pub(super) unsafe fn transform_input<S: Simd, T: Float, const IN: usize>(
+    pub(super) unsafe fn transform_input<S: Simd, T: Float>(
         &self,
         simd: S,
         x: &[T],
@@ -223,17 +193,14 @@ impl TileGrid {
         tile: usize,
         out: *mut f32,
         stride: usize,
-    ) where
-        InputAxis: Axis<IN, IN>,
-    {
+    ) {
         let ConvShape { h, w, c, .. } = *shape;
         let [n, top, left] = self.place(tile);
         // Where each of the pixels begins; those on the padding read zeros.
-        let zeros = [T::default(); MAX_CHANNELS];
         let pixels: [[&[T]; IN]; IN] = std::array::from_fn(|i| {
             std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
                 (Some(y), Some(x_at)) if y < h && x_at < w => &x[((n * h + y) * w + x_at) * c..][..c],
-                _ => &zeros[..c],
+                _ => zeros(c),
             })
         });
         for channel in (0..c).step_by(S::LANES) {
@@ -253,23 +220,7 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
-    match filter.size {
-        TileSize::Two => forward_tiles::<T, 4, 2>(x, filter, shape, epilogue, y),
-        TileSize::Four => forward_tiles::<T, 6, 4>(x, filter, shape, epilogue, y),
-    }
-}
-
-fn forward_tiles<T: Float, const IN: usize, const OUT: usize>(
-    x: &[T],
-    filter: &WinogradFilter,
-    shape: &ConvShape,
-    epilogue: Epilogue<T>,
-    y: &mut [T],
-) where
-    InputAxis: Axis<IN, IN>,
-    OutputAxis: Axis<IN, OUT>,
-{
-    let grid = TileGrid::new(shape, filter.size);
+    let grid = TileGrid::new(shape);
     let tiles = grid.count();
     if tiles == 0 {
         return;
@@ -285,12 +236,12 @@ fn forward_tiles<T: Float, const IN: usize, const OUT: usize>(
         let (i, first) = (task / groups, task % groups * group);
         let tiles = (i * block).min(tiles)..((i + 1) * block).min(tiles);
         let panels = first.min(panels)..(first + group).min(panels);
-        dispatch(filter.isa, Block::<T, IN, OUT> { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
+        dispatch(filter.isa, Block { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
     });
 }
 
 /// Some tiles and some panels of filters.
-struct Block<'a, T, const IN: usize, const OUT: usize> {
+struct Block<'a, T> {
     x: &'a [T],
     filter: &'a WinogradFilter,
     shape: &'a ConvShape,
@@ -301,11 +252,7 @@ struct Block<'a, T, const IN: usize, const OUT: usize> {
     panels: Range<usize>,
 }
 
-impl<T: Float, const IN: usize, const OUT: usize> Task for Block<'_, T, IN, OUT>
-where
-    InputAxis: Axis<IN, IN>,
-    OutputAxis: Axis<IN, OUT>,
-{
+impl<T: Float> Task for Block<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -324,7 +271,7 @@ where
             // SAFETY: there is room for `count` tiles of `c` channels at each position.
             unsafe {
                 let out = inputs.as_mut_ptr().add(i * c);
-                self.grid.transform_input::<S, T, IN>(simd, self.x, self.shape, tile, out, count * c);
+                self.grid.transform_input::<S, T>(simd, self.x, self.shape, tile, out, count * c);
             }
         }
         for panel in self.panels.clone() {
@@ -355,7 +302,7 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
             b: b.as_ptr(),
             c: std::ptr::null_mut(),
             targets: &[0; TILE_ROWS],
-            rows: 0,
+            rows: TILE_ROWS.min(rows - start),
             column: 0,
             columns,
             before: None,
@@ -367,10 +314,7 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
     }
 }
 
-impl<T: Float, const IN: usize, const OUT: usize> Block<'_, T, IN, OUT>
-where
-    OutputAxis: Axis<IN, OUT>,
-{
+impl<T: Float> Block<'_, T> {
     /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
     fn transform_output<S: Simd>(
@@ -392,24 +336,13 @@ where
             let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            along_both::<OutputAxis, S, IN, OUT>(simd, load, |position, mut value| {
+            along_both::<OutputAxis, S, IN, OUT>(simd, load, |position, value| {
                 let (i, j) = (position / OUT, position % OUT);
-                if i >= rows || j >= row_len {
-                    return;
-                }
-                let target = first + (i * ow + j) * o + at;
-                if let Some(bias) = bias {
-                    value = simd.add(value, bias);
-                }
-                // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                unsafe {
-                    if let Some(residual) = self.epilogue.residual {
-                        value = simd.add(value, T::load(simd, residual[target..].as_ptr()));
+                if i < rows && j < row_len {
+                    // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
+                    unsafe {
+                        self.epilogue.store(simd, value, bias, self.y.pointer(), first + (i * ow + j) * o + at);
                     }
-                    if self.epilogue.relu {
-                        value = simd.relu(value);
-                    }
-                    T::store(simd, self.y.pointer().add(target), value);
                 }
             });
         }

@@ -34,15 +34,6 @@ pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>
 /// `G g`: the taps of a filter.
 pub(super) struct FilterAxis;
 
-impl Axis<3, 4> for FilterAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; 4] {
-        let (zero, half) = (s.splat(0.0), s.splat(0.5));
-        let (even, odd) = (s.mul_add(half, s.add(a, c), zero), s.mul_add(half, b, zero));
-        [a, s.add(even, odd), s.sub(even, odd), c]
-    }
-}
-
 impl Axis<3, 6> for FilterAxis {
     #[inline(always)]
     fn apply<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; 6] {
@@ -57,13 +48,6 @@ impl Axis<3, 6> for FilterAxis {
 
 /// `B^T d`: inputs.
 pub(super) struct InputAxis;
-
-impl Axis<4, 4> for InputAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [d0, d1, d2, d3]: [S::V; 4]) -> [S::V; 4] {
-        [s.sub(d0, d2), s.add(d1, d2), s.sub(d2, d1), s.sub(d1, d3)]
-    }
-}
 
 impl Axis<6, 6> for InputAxis {
     #[inline(always)]
@@ -86,13 +70,6 @@ impl Axis<6, 6> for InputAxis {
 
 /// `A^T m`: sums of products to outputs.
 pub(super) struct OutputAxis;
-
-impl Axis<4, 2> for OutputAxis {
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, [m0, m1, m2, m3]: [S::V; 4]) -> [S::V; 2] {
-        [s.add(s.add(m0, m1), m2), s.sub(s.sub(m1, m2), m3)]
-    }
-}
 
 impl Axis<6, 4> for OutputAxis {
     #[inline(always)]

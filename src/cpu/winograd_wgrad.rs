@@ -11,7 +11,7 @@ use super::gather::Gather;
 use super::gemm::Output;
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd::{MAX_CHANNELS, TileGrid, TileSize};
+use super::winograd::{self, Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
 use super::winograd_axes::{FilterGradientAxis, GradientAxis, along_both};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -24,18 +24,23 @@ const TIMES_THE_SUMS: usize = 4;
 /// Tiles a task transforms.
 const BLOCK_TILES: usize = 16;
 
-/// Outputs of a tile along one axis, and the inputs they see.
-const OUT: usize = 4;
-const IN: usize = 6;
-const POSITIONS: usize = IN * IN;
+/// With more channels, of input or output, few outputs share their large sums.
+const MAX_CHANNELS: usize = 256;
 
-/// Gradient to filters `[o, 3, 3, c]`, for what [`super::winograd::tile_size`] has tiles of four outputs for.
+/// Whether the gradient to the filter of this convolution is taken by this algorithm.
+pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
+    shape.stride == [1, 1]
+        && shape.c.max(shape.o) <= MAX_CHANNELS
+        && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
+}
+
+/// Gradient to filters `[o, 3, 3, c]`, for what [`suits`].
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let (c, o) = (shape.c, shape.o);
     let [oh, ow] = shape.output();
     assert!(x.len() == shape.n * shape.h * shape.w * c && dy.len() == shape.n * oh * ow * o);
     assert_eq!(dfilter.len(), o * 9 * c);
-    let grid = TileGrid::new(shape, TileSize::Four);
+    let grid = TileGrid::new(shape);
     let together = TRANSFORMED.max(TIMES_THE_SUMS * POSITIONS * c * o * size_of::<f32>());
     let part = (together / (POSITIONS * (c + o) * size_of::<f32>())).clamp(1, grid.count().max(1));
     let mut sums = Scratch::<f32>::take(POSITIONS * o * c);
@@ -99,7 +104,7 @@ impl<T: Float> Task for Transform<'_, T> {
             // SAFETY: `at` is one of the `count` tiles there is room for, and this task's alone.
             unsafe {
                 let out = self.inputs.pointer().add(at * c);
-                self.grid.transform_input::<S, T, IN>(simd, self.x, self.shape, tile, out, self.count * c);
+                self.grid.transform_input::<S, T>(simd, self.x, self.shape, tile, out, self.count * c);
                 self.transform_gradient(simd, tile, self.gradients.pointer().add(at * o), self.count * o);
             }
         }
@@ -115,8 +120,7 @@ impl<T: Float> Transform<'_, T> {
     unsafe fn transform_gradient<S: Simd>(&self, simd: S, tile: usize, out: *mut f32, stride: usize) {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
         let [n, top, left] = self.grid.place(tile);
-        let zeros = [T::default(); MAX_CHANNELS];
-        let mut pixels: [[&[T]; OUT]; OUT] = [[&zeros[..o]; OUT]; OUT];
+        let mut pixels: [[&[T]; OUT]; OUT] = [[zeros(o); OUT]; OUT];
         for (i, row) in pixels.iter_mut().enumerate().take(oh - top) {
             for (j, pixel) in row.iter_mut().enumerate().take(ow - left) {
                 *pixel = &self.dy[((n * oh + top + i) * ow + left + j) * o..][..o];

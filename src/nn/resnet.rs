@@ -13,8 +13,11 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
-/// Pictures that go through frozen stages together on the CPU: more are no faster, and their activations take more memory.
+/// Pictures that go through frozen stages below layer3 together on the CPU: more are no faster, and their activations take more
+/// memory.
 const TOGETHER: usize = 8;
+/// The same from layer3 on, where activations are small, and filters large and transformed for each group.
+const TOGETHER_ABOVE: usize = 32;
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,15 +153,23 @@ impl ResNet18 {
 
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
+        let split = Stage::Layer3.clamp(first, end);
+        let x = self.stages(x, first, split, training)?;
+        self.stages(&x, split, end, training)
+    }
+
+    /// [`ResNet18::backbone`] for stages of which as many pictures go through together.
+    fn stages(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
         let stages = Stage::ALL.into_iter().filter(|stage| (first..end).contains(stage));
         let run = |x: &Tensor| stages.clone().try_fold(x.clone(), |x, stage| self.stage(stage, &x, training));
         let fixed = || stages.clone().all(|stage| self.convolutions(stage).iter().all(|conv| conv.is_fixed(training)));
         let pictures = x.dims().first().copied().unwrap_or_default();
-        if pictures <= TOGETHER || x.device() != Device::Cpu || x.requires_grad() || !fixed() {
+        let together = if first < Stage::Layer3 { TOGETHER } else { TOGETHER_ABOVE };
+        if pictures <= together || x.device() != Device::Cpu || x.requires_grad() || !fixed() {
             return run(x);
         }
-        let starts = (0..pictures).step_by(TOGETHER);
-        let parts = starts.map(|start| run(&x.rows(start..pictures.min(start + TOGETHER))?));
+        let starts = (0..pictures).step_by(together);
+        let parts = starts.map(|start| run(&x.rows(start..pictures.min(start + together))?));
         Ok(Tensor::concatenate(&parts.collect::<Result<Vec<_>>>()?))
     }
 

@@ -3,7 +3,8 @@ use half::bf16;
 use hone::DType;
 use hone::cpu::conv::{self, ConvShape, Splitting};
 use hone::cpu::gemm::Epilogue;
-use hone::cpu::winograd::{self, TileSize, WinogradFilter};
+use hone::cpu::winograd::{self, Algorithm, WinogradFilter};
+use hone::cpu::winograd_strips::{self, StripFilter};
 use hone::cpu::winograd_wgrad;
 use hone::cpu::{Float, Isa};
 use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
@@ -208,80 +209,97 @@ fn wrong_shapes_are_errors_that_show_them() {
     assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), None, Conv2dParams::new(0, 0)).is_err());
 }
 
-/// Winograd's algorithm against the naive sum, with bias, residual and ReLU, under every instruction set.
-fn check_winograd(n: usize, h: usize, w: usize, c: usize, o: usize) {
-    let shape = shape([n, h, w, c], [o, 3, 3], [1, 1], [1, 1]);
+/// Winograd's algorithms against the naive sum, with bias, residual and ReLU, under every instruction set.
+fn check_winograd(stride: usize, [n, h, w]: [usize; 3], c: usize, o: usize) {
+    let shape = shape([n, h, w, c], [o, 3, 3], [stride; 2], [1, 1]);
     let Case { x, w, dy, want: [want, want_dx, want_dw], .. } = case::<f32>(shape);
     let (bias, residual) = (values(o, 4), values(want.len(), 5));
     let finished: Vec<f64> =
         want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
-    for (isa, size) in Isa::supported().flat_map(|isa| [TileSize::Two, TileSize::Four].map(|size| (isa, size))) {
-        if winograd::tile_size::<f32>(isa, &shape, c, o).is_none() {
+    let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
+    for isa in Isa::supported().filter(|isa| winograd::algorithm::<f32>(*isa, &shape, c, o) != Algorithm::Direct) {
+        let name = |what: &str| format!("winograd's {what} {isa} {shape:?}");
+        let check = |what: &str, forward: &dyn Fn(Epilogue, &mut [f32])| {
+            let mut y = vec![f32::NAN; want.len()];
+            forward(Epilogue::default(), &mut y);
+            assert_close(&y, &want, 2e-5, &name(what));
+            y.fill(f32::NAN);
+            forward(epilogue, &mut y);
+            assert_close(&y, &finished, 2e-5, &name(&format!("{what} with epilogue")));
+        };
+        let strips = StripFilter::new(isa, &w, o, c);
+        check("strips", &|epilogue, y| winograd_strips::forward(&x, &strips, &shape, epilogue, y));
+        if stride != 1 {
             continue;
         }
-        let filter = WinogradFilter::new(isa, size, &w, o, c);
-        let mut y = vec![f32::NAN; want.len()];
-        winograd::forward(&x, &filter, &shape, Epilogue::default(), &mut y);
-        assert_close(&y, &want, 2e-5, &format!("winograd {size:?} {isa} {shape:?}"));
-        let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
-        y.fill(f32::NAN);
-        winograd::forward(&x, &filter, &shape, epilogue, &mut y);
-        assert_close(&y, &finished, 2e-5, &format!("winograd with epilogue {size:?} {isa} {shape:?}"));
+        let blocks = WinogradFilter::new(isa, &w, o, c);
+        check("blocks", &|epilogue, y| winograd::forward(&x, &blocks, &shape, epilogue, y));
         // Both gradients.
+        let turned = ConvShape { c: o, o: c, ..shape };
         let mut dx = vec![f32::NAN; x.len()];
-        let filter = WinogradFilter::for_backward_input(isa, size, &w, o, c);
-        winograd::forward(&dy, &filter, &ConvShape { c: o, o: c, ..shape }, Epilogue::default(), &mut dx);
-        assert_close(&dx, &want_dx, 2e-5, &format!("winograd's gradient to the input {size:?} {isa} {shape:?}"));
+        let blocks = WinogradFilter::for_backward_input(isa, &w, o, c);
+        winograd::forward(&dy, &blocks, &turned, Epilogue::default(), &mut dx);
+        assert_close(&dx, &want_dx, 2e-5, &name("gradient to the input in blocks"));
+        dx.fill(f32::NAN);
+        let strips = StripFilter::for_backward_input(isa, &w, o, c);
+        winograd_strips::forward(&dy, &strips, &turned, Epilogue::default(), &mut dx);
+        assert_close(&dx, &want_dx, 2e-5, &name("gradient to the input in strips"));
         let mut dw = vec![f32::NAN; w.len()];
         winograd_wgrad::backward_filter(isa, &x, &dy, &shape, &mut dw);
-        assert_close(&dw, &want_dw, 2e-5, &format!("winograd's gradient to the filter {isa} {shape:?}"));
+        assert_close(&dw, &want_dw, 2e-5, &name("gradient to the filter"));
     }
 }
 
 #[test]
 fn winograd_on_layers_of_the_network() {
-    check_winograd(2, 14, 15, 64, 64);
-    check_winograd(1, 9, 7, 128, 128);
-    check_winograd(1, 5, 4, 256, 256);
-    // More blocks than one task takes.
-    check_winograd(3, 41, 42, 16, 80);
+    for stride in [1, 2] {
+        check_winograd(stride, [2, 14, 15], 64, 64);
+        check_winograd(stride, [1, 9, 7], 128, 128);
+        check_winograd(stride, [1, 7, 7], 256, 512);
+        check_winograd(stride, [1, 5, 4], 256, 256);
+        // More blocks, parts and groups of parts than one.
+        check_winograd(stride, [3, 41, 42], 16, 80);
+    }
+    check_winograd(2, [2, 90, 91], 64, 16);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
-    fn winograd_on_any_size(n in 1usize..=3, h in 1usize..=13, w in 1usize..=13, c in 1usize..=5, o in 1usize..=9) {
-        check_winograd(n, h, w, 16 * c, 16 * o);
+    fn winograd_on_any_size(
+        stride in 1usize..=2, n in 1usize..=3, h in 1usize..=17, w in 1usize..=17, c in 1usize..=9, o in 1usize..=9
+    ) {
+        check_winograd(stride, [n, h, w], 16 * c, 16 * o);
     }
 }
 
 #[test]
 fn winograd_is_for_what_it_suits() {
-    let isa = Isa::current();
-    let size = |[o, k, c]: [usize; 3], stride: usize, padding: usize| {
+    let isa = Isa::supported().filter(|isa| !isa.has_tiles()).last().unwrap();
+    let algorithms = |[o, k, c]: [usize; 3], stride: usize, padding: usize| {
         let shape = shape([1, 9, 9, c], [o, k, k], [stride; 2], [padding; 2]);
-        let [f32, bf16] =
-            [winograd::tile_size::<f32>(isa, &shape, c, o), winograd::tile_size::<bf16>(isa, &shape, c, o)];
-        (f32, bf16)
+        (winograd::algorithm::<f32>(isa, &shape, c, o), winograd::algorithm::<bf16>(isa, &shape, c, o))
     };
-    assert_eq!(size([64, 3, 64], 1, 1), (Some(TileSize::Four), Some(TileSize::Four)));
-    assert_eq!(size([512, 3, 512], 1, 1), (Some(TileSize::Two), None));
+    assert_eq!(algorithms([64, 3, 64], 1, 1), (Algorithm::Blocks, Algorithm::Blocks));
+    assert_eq!(algorithms([512, 3, 512], 1, 1), (Algorithm::Strips, Algorithm::Strips));
+    assert_eq!(algorithms([128, 3, 64], 2, 1), (Algorithm::Strips, Algorithm::Direct));
     for (dims, stride, padding) in
-        [([64, 3, 64], 2, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([528, 3, 64], 1, 1), ([64, 3, 3], 1, 1)]
+        [([64, 3, 64], 3, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([528, 3, 64], 1, 1), ([64, 3, 3], 1, 1)]
     {
-        assert_eq!(size(dims, stride, padding), (None, None), "{dims:?} {stride} {padding}");
+        let direct = (Algorithm::Direct, Algorithm::Direct);
+        assert_eq!(algorithms(dims, stride, padding), direct, "{dims:?} {stride} {padding}");
     }
 }
 
 /// A picture's outputs are the same bits alone and in company, whatever the algorithm.
 #[test]
 fn company_changes_no_bit() {
-    for (c, o, h) in [(64, 64, 9), (3, 64, 20), (512, 64, 3)] {
+    for (c, o, h, stride) in [(64, 64, 9, 1), (3, 64, 20, 1), (512, 64, 3, 1), (256, 64, 14, 1), (64, 128, 14, 2)] {
         let conv = FusedConv2d::new(
             &tensor(&[o, 3, 3, c], 2),
             &vec![1.0; o],
             &vec![0.0; o],
-            Conv2dParams::new(1, 1),
+            Conv2dParams::new(stride, 1),
             DType::F32,
         );
         let conv = conv.unwrap();
@@ -289,6 +307,7 @@ fn company_changes_no_bit() {
         let all = fused_conv2d(&batch, &conv, None, false).unwrap().to_vec::<f32>();
         let alone = Tensor::from_slice(&batch.as_slice::<f32>()[3 * h * h * c..][..h * h * c], [1, h, h, c]).unwrap();
         let alone = fused_conv2d(&alone, &conv, None, false).unwrap().to_vec::<f32>();
-        assert_eq!(alone, all[3 * h * h * o..][..h * h * o], "{c} channels");
+        let outputs = alone.len();
+        assert_eq!(alone, all[3 * outputs..][..outputs], "{c} channels, stride {stride}");
     }
 }

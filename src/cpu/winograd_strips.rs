@@ -1,0 +1,651 @@
+//! Winograd's algorithm for 3x3 filters of many channels, with a stride of one or two.
+//!
+//! Transformed filters are four to nine times as large as filters. Where there are many channels they do not fit a cache, and
+//! reading them would take longer than making them: so they are made when they are used. All inputs are transformed first. Then
+//! a task takes a strip of output channels, transforms the strip's filters for one row of positions after the other, which
+//! stays in L2, multiplies, and transforms the sums back when all positions are there.
+//!
+//! Tiles at the bottom and the right end where the image does ([`super::winograd_points`]). Tiles of a task are ordered by
+//! their extents, so that those that have a position lie together.
+
+use super::conv::ConvShape;
+use super::float::Float;
+use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS};
+use super::simd::{Isa, Simd, Task, dispatch};
+use super::winograd_points::*;
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Output channels of a task; a whole number of the micro-kernel's panels.
+const STRIP: usize = 64;
+/// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a strip should stay in L2.
+const PART: usize = 96;
+/// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
+const TRANSFORMED: usize = 5 << 20;
+/// Input channels whose filters are transformed together: the filters and a row of them transformed stay in L2 beside the sums.
+const CHANNELS: usize = 128;
+/// Tiles whose inputs a task transforms.
+const TOGETHER: usize = 4;
+/// What a vector has at most.
+const LANES: usize = 16;
+/// Input channels at most: what a pixel of padding can stand for.
+pub(super) const MAX_CHANNELS: usize = 512;
+
+/// Filters in the order in which they are transformed: `[strip][input channel][tap][STRIP]`, zero-padded.
+pub struct StripFilter {
+    isa: Isa,
+    taps: Scratch<f32>,
+    c: usize,
+    o: usize,
+}
+
+impl StripFilter {
+    /// From filters `[o, 3, 3, c]`.
+    pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        Self::pack(isa, filter, c, o, |channels, columns, out| {
+            for (i, column) in columns.enumerate() {
+                for tap in 0..TAPS * TAPS {
+                    let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
+                    let out = out[tap * STRIP + i..].iter_mut().step_by(TAPS * TAPS * STRIP);
+                    out.zip(values).for_each(|(out, &value)| *out = value);
+                }
+            }
+        })
+    }
+
+    /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
+    /// turned by half a turn and their channels exchanged.
+    pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        Self::pack(isa, filter, o, c, |channels, columns, out| {
+            for (channel, out) in channels.zip(out.chunks_exact_mut(TAPS * TAPS * STRIP)) {
+                for (tap, out) in out.chunks_exact_mut(STRIP).enumerate() {
+                    let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
+                    out[..columns.len()].copy_from_slice(&filter[start..][columns.clone()]);
+                }
+            }
+        })
+    }
+
+    /// From `c` to `o` channels; `copy(channels, columns, out)` fills some channels of a strip.
+    fn pack(
+        isa: Isa,
+        filter: &[f32],
+        c: usize,
+        o: usize,
+        copy: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) -> Self {
+        // What is written together stays in L1.
+        const CHANNELS: usize = 8;
+        assert_eq!(filter.len(), o * TAPS * TAPS * c);
+        let mut taps = Scratch::take(o.div_ceil(STRIP) * c * TAPS * TAPS * STRIP);
+        taps.par_chunks_exact_mut(c * TAPS * TAPS * STRIP).enumerate().for_each(|(strip, out)| {
+            let columns = strip * STRIP..o.min((strip + 1) * STRIP);
+            if columns.len() < STRIP {
+                out.fill(0.0);
+            }
+            for (i, out) in out.chunks_mut(CHANNELS * TAPS * TAPS * STRIP).enumerate() {
+                copy(i * CHANNELS..c.min((i + 1) * CHANNELS), columns.clone(), out);
+            }
+        });
+        StripFilter { isa, taps, c, o }
+    }
+}
+
+/// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of
+/// a cache, whereas powers of two would all fall into the same.
+fn spread(values: usize) -> usize {
+    (values.div_ceil(LANES) | 1) * LANES
+}
+
+/// A tile: its image and its first output.
+#[derive(Clone, Copy)]
+struct Place {
+    image: usize,
+    top: usize,
+    left: usize,
+}
+
+/// Tiles by their extents: whole ones, those at the right edge, at the bottom, and in the corner.
+const CLASSES: usize = 4;
+
+/// Some tiles of an output, ordered by class.
+struct Part {
+    places: Vec<Place>,
+    /// The tiles of each class.
+    classes: [Range<usize>; CLASSES],
+    /// Outputs of each class's tiles, down and across.
+    outputs: [[usize; 2]; CLASSES],
+}
+
+impl Part {
+    /// All tiles of the output, in `parts` of about the same size.
+    fn all(shape: &ConvShape, parts: usize) -> Vec<Part> {
+        let output = shape.output();
+        let across = output.map(|extent| extent.div_ceil(OUTPUTS));
+        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (across[axis] - 1) * OUTPUTS);
+        let outputs = [[OUTPUTS; 2], [OUTPUTS, right_edge], [down_edge, OUTPUTS], [down_edge, right_edge]];
+        let tiles = shape.n * across[0] * across[1];
+        let class_of = |tile: usize| {
+            let (y, x) = (tile / across[1] % across[0], tile % across[1]);
+            usize::from(y + 1 == across[0]) * 2 + usize::from(x + 1 == across[1])
+        };
+        let part = |i: usize| {
+            let mut ordered: Vec<usize> = (i * tiles / parts..(i + 1) * tiles / parts).collect();
+            ordered.sort_by_key(|&tile| class_of(tile));
+            let start = |class: usize| ordered.partition_point(|&tile| class_of(tile) < class);
+            let classes = std::array::from_fn(|class| start(class)..start(class + 1));
+            let place = |tile: usize| Place {
+                image: tile / (across[0] * across[1]),
+                top: tile / across[1] % across[0] * OUTPUTS,
+                left: tile % across[1] * OUTPUTS,
+            };
+            Part { places: ordered.into_iter().map(place).collect(), classes, outputs }
+        };
+        (0..parts).map(part).collect()
+    }
+
+    /// Values of the inputs of one pair of slots.
+    fn slot_len(&self, channels: usize) -> usize {
+        spread(self.places.len() * channels)
+    }
+
+    /// Tiles that a position has room for: whole tiles of the micro-kernel.
+    fn room(&self) -> usize {
+        self.places.len().next_multiple_of(TILE_ROWS)
+    }
+
+    fn class_of(&self, tile: usize) -> usize {
+        self.classes.iter().position(|tiles| tiles.contains(&tile)).expect("every tile has a class")
+    }
+
+    /// Tiles that have position `[i, j]`, class by class.
+    fn at<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        self.classes.iter().cloned().enumerate().filter(move |(class, _)| {
+            let [down, across] = self.outputs[*class];
+            i < positions(STRIDE, down) && j < positions(STRIDE, across)
+        })
+    }
+
+    /// Which of the tiles that have position `[i, j]` is the first of each class.
+    fn first_of_classes<const STRIDE: usize>(&self, position: [usize; 2]) -> [usize; CLASSES] {
+        let (mut first, mut before) = ([0; CLASSES], 0);
+        for (class, tiles) in self.at::<STRIDE>(position) {
+            first[class] = before;
+            before += tiles.len();
+        }
+        first
+    }
+}
+
+/// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride one or two.
+pub fn forward<T: Float>(x: &[T], filter: &StripFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+    let [oh, ow] = shape.output();
+    assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
+    assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
+    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
+    assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
+    match shape.stride {
+        [1, 1] => forward_strided::<T, 1>(x, filter, shape, epilogue, y),
+        [2, 2] => forward_strided::<T, 2>(x, filter, shape, epilogue, y),
+        stride => panic!("strides {stride:?} have no tiles"),
+    }
+}
+
+fn forward_strided<T: Float, const STRIDE: usize>(
+    x: &[T],
+    filter: &StripFilter,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) {
+    let values_of_tile = slots(STRIDE).pow(2) * shape.c;
+    let values_of = |part: &Part| slots(STRIDE).pow(2) * part.slot_len(shape.c);
+    let tiles = shape.output().map(|extent| extent.div_ceil(OUTPUTS)).iter().product::<usize>() * shape.n;
+    let groups = (tiles * values_of_tile * size_of::<f32>()).div_ceil(TRANSFORMED);
+    let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
+    let parts = Part::all(shape, groups * parts_of_group);
+    let strips = shape.o.div_ceil(STRIP);
+    let out = Output::new(y);
+    for parts in parts.chunks(parts_of_group.max(1)) {
+        let mut inputs: Vec<Scratch<f32>> = parts.iter().map(|part| Scratch::take(values_of(part))).collect();
+        let pieces: Vec<(&Part, Range<usize>, Output<f32>)> = parts
+            .iter()
+            .zip(&mut inputs)
+            .flat_map(|(part, inputs)| {
+                let tiles = part.places.len();
+                let starts = (0..tiles).step_by(TOGETHER);
+                starts.map(move |start| (part, start..tiles.min(start + TOGETHER), Output::new(inputs)))
+            })
+            .collect();
+        pieces.par_iter().for_each(|(part, tiles, inputs)| {
+            dispatch(filter.isa, Inputs::<T, STRIDE> { x, shape, part, tiles: tiles.clone(), inputs });
+        });
+        (0..parts.len() * strips).into_par_iter().for_each(|task| {
+            let (part, strip) = (task / strips, task % strips);
+            let (part, inputs) = (&parts[part], &inputs[part]);
+            dispatch(filter.isa, Strip::<T, STRIDE> { part, inputs, filter, strip, shape, epilogue, y: &out });
+        });
+    }
+}
+
+/// Runs `$body` with `$I` the constants 0 to 8: what a loop over them would compute at run time is then known to the compiler.
+macro_rules! unrolled {
+    ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8) };
+    (@ $I:ident $body:block $($i:literal)*) => {
+        $({
+            const $I: usize = $i;
+            $body
+        })*
+    };
+}
+
+/// Sum of the values times a row of a matrix that is known when this is compiled.
+#[inline(always)]
+fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N]) -> S::V {
+    let mut sum = None;
+    unrolled!(I => {
+        if I < N && row[I] != 0.0 {
+            sum = Some(match (sum, row[I]) {
+                (None, 1.0) => values[I],
+                (Some(sum), 1.0) => simd.add(sum, values[I]),
+                (Some(sum), -1.0) => simd.sub(sum, values[I]),
+                (sum, factor) => simd.mul_add(simd.splat(factor), values[I], sum.unwrap_or(simd.splat(0.0))),
+            });
+        }
+    });
+    sum.unwrap_or(simd.splat(0.0))
+}
+
+/// `G g` along an axis: the values of a filter at the points.
+#[inline(always)]
+fn filter_values<S: Simd, const STRIDE: usize>(simd: S, [a, b, c]: [S::V; TAPS]) -> [S::V; VALUES] {
+    let two = simd.splat(2.0);
+    if STRIDE == 1 {
+        let (near, far) = (simd.add(a, c), simd.mul_add(simd.splat(4.0), c, a));
+        let (plus, minus) = (simd.mul_add(two, b, far), simd.mul_add(simd.splat(-2.0), b, far));
+        return [a, c, simd.add(near, b), simd.sub(near, b), plus, minus];
+    }
+    [a, c, simd.add(a, c), simd.sub(a, c), simd.mul_add(two, c, a), b]
+}
+
+/// Runs `$body` with `$M` the constant that `$m` is.
+macro_rules! with_outputs {
+    ($m:expr, $M:ident => $body:expr) => {
+        match $m {
+            1 => {
+                const $M: usize = 1;
+                $body
+            }
+            2 => {
+                const $M: usize = 2;
+                $body
+            }
+            3 => {
+                const $M: usize = 3;
+                $body
+            }
+            _ => {
+                const $M: usize = OUTPUTS;
+                $body
+            }
+        }
+    };
+}
+
+/// `B^T d` along an axis of a tile of `M` outputs.
+#[inline(always)]
+fn transform_input<S: Simd, const STRIDE: usize, const M: usize>(
+    simd: S,
+    load: impl Fn(usize) -> S::V,
+    store: impl Fn(usize, S::V),
+) {
+    let mut values = [simd.splat(0.0); MAX_INPUTS];
+    unrolled!(I => {
+        if I < const { inputs(STRIDE, M) } {
+            values[I] = load(I);
+        }
+    });
+    unrolled!(SLOT => {
+        if const { SLOT < slots(STRIDE) && has_slot(STRIDE, M, SLOT) } {
+            store(SLOT, combine(simd, &const { input_matrix(STRIDE, M)[SLOT] }, &values));
+        }
+    });
+}
+
+/// `A^T m` along an axis of a tile of `M` outputs.
+#[inline(always)]
+fn transform_output<S: Simd, const STRIDE: usize, const M: usize>(
+    simd: S,
+    load: impl Fn(usize) -> S::V,
+    store: impl Fn(usize, S::V),
+) {
+    let mut values = [simd.splat(0.0); MAX_INPUTS];
+    unrolled!(I => {
+        if I < const { positions(STRIDE, M) } {
+            values[I] = load(I);
+        }
+    });
+    unrolled!(I => {
+        if I < M {
+            store(I, combine(simd, &const { output_matrix(STRIDE, M) }[I], &values));
+        }
+    });
+}
+
+/// Vectors between the transforms along the two axes.
+#[repr(align(64))]
+struct Room(MaybeUninit<[f32; MAX_SLOTS * MAX_INPUTS * LANES]>);
+
+impl Room {
+    fn new() -> Self {
+        Room(MaybeUninit::uninit())
+    }
+
+    /// Where vector `[i, j]` is.
+    #[inline(always)]
+    fn at<S: Simd>(&mut self, i: usize, j: usize) -> *mut f32 {
+        debug_assert!(S::LANES <= LANES && i < MAX_SLOTS && j < MAX_INPUTS);
+        self.0.as_mut_ptr().cast::<f32>().wrapping_add((i * MAX_INPUTS + j) * S::LANES)
+    }
+}
+
+/// `B^T d B` of some tiles of a part, to `inputs[slot down][slot across][tile][channel]`.
+struct Inputs<'a, T, const STRIDE: usize> {
+    x: &'a [T],
+    shape: &'a ConvShape,
+    part: &'a Part,
+    tiles: Range<usize>,
+    inputs: &'a Output<f32>,
+}
+
+impl<T: Float, const STRIDE: usize> Task for Inputs<'_, T, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for tile in self.tiles.clone() {
+            let [down, across] = self.part.outputs[self.part.class_of(tile)];
+            let mut room = Room::new();
+            for channel in (0..self.shape.c).step_by(S::LANES) {
+                with_outputs!(down, M => self.transform_columns::<S, M>(simd, tile, channel, across, &mut room));
+                with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
+            }
+        }
+    }
+}
+
+impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
+    /// Along the columns of a tile of `M` outputs down, to the room.
+    #[inline(always)]
+    fn transform_columns<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        channel: usize,
+        across: usize,
+        room: &mut Room,
+    ) {
+        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
+        let image = &self.x[image * h * w * c..][..h * w * c];
+        for j in 0..inputs(STRIDE, across) {
+            let column = (STRIDE * left + j).checked_sub(1).filter(|&x| x < w);
+            let load = |i: usize| match (column, (STRIDE * top + i).checked_sub(1)) {
+                // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
+                (Some(x), Some(y)) if y < h => unsafe {
+                    T::load(simd, image[(y * w + x) * c..][..c].as_ptr().add(channel))
+                },
+                _ => simd.splat(0.0),
+            };
+            let room = room.at::<S>(0, j);
+            // SAFETY: vectors `[slot, j]` of the room.
+            let store = |slot: usize, value| unsafe { simd.store(room.add(slot * MAX_INPUTS * S::LANES), value) };
+            transform_input::<S, STRIDE, M>(simd, load, store);
+        }
+    }
+
+    /// Along the rows that the room has of a tile of `M` outputs across.
+    #[inline(always)]
+    fn transform_rows<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        channel: usize,
+        down: usize,
+        room: &mut Room,
+    ) {
+        let (slot_len, c) = (self.part.slot_len(self.shape.c), self.shape.c);
+        for row in (0..slots(STRIDE)).filter(|&slot| has_slot(STRIDE, down, slot)) {
+            let room = room.at::<S>(row, 0);
+            // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
+            let load = |i: usize| unsafe { simd.load(room.add(i * S::LANES)) };
+            let store = |slot: usize, value| {
+                let at = (row * slots(STRIDE) + slot) * slot_len + tile * c + channel;
+                // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
+                unsafe { simd.store(self.inputs.pointer().add(at), value) };
+            };
+            transform_input::<S, STRIDE, M>(simd, load, store);
+        }
+    }
+}
+
+/// The outputs of a strip of channels in all tiles of a part.
+struct Strip<'a, T, const STRIDE: usize> {
+    part: &'a Part,
+    /// `[slot down][slot across][tile][channel]`
+    inputs: &'a [f32],
+    filter: &'a StripFilter,
+    strip: usize,
+    shape: &'a ConvShape,
+    epilogue: Epilogue<'a, T>,
+    y: &'a Output<T>,
+}
+
+impl<T: Float, const STRIDE: usize> Task for Strip<'_, T, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = S::LANES * S::VECTORS;
+        let columns = STRIP.min(self.shape.o - self.strip * STRIP);
+        let panels = columns.div_ceil(width);
+        let across = positions(STRIDE, OUTPUTS);
+        let position_len = spread(panels * self.part.room() * width);
+        // [position down][position across][panel][tile][column], tiles that have the position alone.
+        let mut sums = Scratch::<f32>::take(across * across * position_len);
+        let c = self.shape.c;
+        let row = VALUES * spread(panels * CHANNELS.min(c) * width);
+        let mut filters = [0; STRIDE].map(|_| Scratch::<f32>::take(row));
+        for start in (0..c).step_by(CHANNELS) {
+            let channels = start..c.min(start + CHANNELS);
+            for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
+                // The phase of one tap has the same values at every position.
+                for (phase, filters) in filters.iter_mut().enumerate().take(if i == 0 { STRIDE } else { 1 }) {
+                    let row = if phase == 0 { i } else { VALUES - 1 };
+                    let channels = channels.clone();
+                    match row {
+                        0 => self.transform_filters::<S, 0>(simd, channels, panels, filters),
+                        1 => self.transform_filters::<S, 1>(simd, channels, panels, filters),
+                        2 => self.transform_filters::<S, 2>(simd, channels, panels, filters),
+                        3 => self.transform_filters::<S, 3>(simd, channels, panels, filters),
+                        4 => self.transform_filters::<S, 4>(simd, channels, panels, filters),
+                        _ => self.transform_filters::<S, 5>(simd, channels, panels, filters),
+                    }
+                }
+                for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
+                    self.multiply(simd, [i, j], channels.clone(), &filters, columns, sums);
+                }
+            }
+        }
+        let first: Vec<[usize; CLASSES]> =
+            (0..across * across).map(|p| self.part.first_of_classes::<STRIDE>([p / across, p % across])).collect();
+        let mut room = Room::new();
+        for tile in 0..self.part.places.len() {
+            let [down, right] = self.part.outputs[self.part.class_of(tile)];
+            for column in (0..columns).step_by(S::LANES) {
+                let sums = Sums { values: &sums, first: &first, position_len, column };
+                with_outputs!(down, M => self.transform_columns::<S, M>(simd, tile, &sums, right, &mut room));
+                with_outputs!(right, M => self.transform_rows::<S, M>(simd, tile, column, down, &mut room));
+            }
+        }
+    }
+}
+
+/// Where the sums of a task are, and the column that is wanted of them.
+struct Sums<'a> {
+    values: &'a [f32],
+    /// For each position, which of the tiles that have it is the first of each class.
+    first: &'a [[usize; CLASSES]],
+    /// Values of a position.
+    position_len: usize,
+    column: usize,
+}
+
+impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
+    /// Row `ROW` of the values of the filters of some channels: `[value across][panel][channel][column]`.
+    #[inline(always)]
+    fn transform_filters<S: Simd, const ROW: usize>(
+        &self,
+        simd: S,
+        channels: Range<usize>,
+        panels: usize,
+        filters: &mut [f32],
+    ) {
+        const TAPS_OF_CHANNEL: usize = TAPS * TAPS * STRIP;
+        let width = S::LANES * S::VECTORS;
+        let panel = channels.len() * width;
+        let first = (self.strip * self.shape.c + channels.start) * TAPS_OF_CHANNEL;
+        let taps = &self.filter.taps[first..][..channels.len() * TAPS_OF_CHANNEL];
+        assert!(filters.len() >= VALUES * spread(panels * panel) && panels * width <= STRIP);
+        for (channel, taps) in taps.chunks_exact(TAPS_OF_CHANNEL).enumerate() {
+            for column in (0..panels * width).step_by(S::LANES) {
+                let at = column / width * panel + channel * width + column % width;
+                let row = std::array::from_fn(|across| {
+                    // SAFETY: a vector of the strip's columns at each tap.
+                    let load =
+                        |down: usize| unsafe { simd.load(taps.as_ptr().add((down * TAPS + across) * STRIP + column)) };
+                    combine(simd, &const { filter_matrix(STRIDE)[ROW] }, &std::array::from_fn(load))
+                });
+                for (value, vector) in filter_values::<S, STRIDE>(simd, row).iter().enumerate() {
+                    // SAFETY: a vector of a channel's row within the value's panel, as asserted.
+                    unsafe { simd.store(filters.as_mut_ptr().add(value * spread(panels * panel) + at), *vector) };
+                }
+            }
+        }
+    }
+
+    /// Adds the products at a position, over some channels and the slots that meet there: `[panel][tile][column]`.
+    #[inline(always)]
+    fn multiply<S: Simd>(
+        &self,
+        simd: S,
+        [i, j]: [usize; 2],
+        channels: Range<usize>,
+        filters: &[Scratch<f32>; STRIDE],
+        columns: usize,
+        sums: &mut [f32],
+    ) {
+        let (c, depth, width) = (self.shape.c, channels.len(), S::LANES * S::VECTORS);
+        let panels = columns.div_ceil(width);
+        // The tiles that have the position, with their class.
+        let tiles: Vec<[usize; 2]> =
+            self.part.at::<STRIDE>([i, j]).flat_map(|(class, tiles)| tiles.map(move |tile| [class, tile])).collect();
+        let meet = |position: usize| (0..slots(STRIDE)).filter(move |&slot| position_of(STRIDE, slot) == position);
+        for (phase, row, slot) in
+            meet(i).enumerate().flat_map(|(phase, row)| meet(j).map(move |slot| (phase, row, slot)))
+        {
+            let filters = &filters[phase][value_of(slot) * spread(panels * depth * width)..][..panels * depth * width];
+            // For each class, where the inputs begin, or zeros if it lacks one of the slots.
+            let starts = self.part.outputs.map(|[down, across]| {
+                let has = has_slot(STRIDE, down, row) && has_slot(STRIDE, across, slot);
+                has.then(|| (row * slots(STRIDE) + slot) * self.part.slot_len(c) + channels.start)
+            });
+            let first = channels.start == 0 && [row, slot] == [i, j];
+            for (panel, sums) in sums.chunks_exact_mut(self.part.room() * width).take(panels).enumerate() {
+                let b = &filters[panel * depth * width..][..depth * width];
+                for start in (0..tiles.len()).step_by(TILE_ROWS) {
+                    let sums = sums[start * width..][..TILE_ROWS * width].as_mut_ptr();
+                    let runs: [*const f32; TILE_ROWS] = std::array::from_fn(|lane| {
+                        let [class, tile] = tiles[(start + lane).min(tiles.len() - 1)];
+                        match starts[class] {
+                            Some(start) => self.inputs[start + tile * c..][..depth].as_ptr(),
+                            None => ZEROS[..depth].as_ptr(),
+                        }
+                    });
+                    let tile = Tile::<f32> {
+                        runs: &[runs],
+                        words: depth,
+                        b: b.as_ptr(),
+                        c: std::ptr::null_mut(),
+                        targets: &[0; TILE_ROWS],
+                        rows: TILE_ROWS.min(tiles.len() - start),
+                        column: 0,
+                        columns: width.min(columns - panel * width),
+                        before: (!first).then_some(sums),
+                        after: Some(sums),
+                        epilogue: Epilogue::default(),
+                    };
+                    // SAFETY: runs are readable for `words`, `b` has as many full rows, and there is a full tile of sums.
+                    unsafe { tile.compute(simd) };
+                }
+            }
+        }
+    }
+
+    /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
+    #[inline(always)]
+    fn transform_columns<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        sums: &Sums,
+        across: usize,
+        room: &mut Room,
+    ) {
+        let width = S::LANES * S::VECTORS;
+        let class = self.part.class_of(tile);
+        let row = tile - self.part.classes[class].start;
+        let (all, panel) = (positions(STRIDE, OUTPUTS), sums.column / width);
+        for j in 0..positions(STRIDE, across) {
+            let load = |i: usize| {
+                let (position, row) = (i * all + j, sums.first[i * all + j][class] + row);
+                let row = panel * self.part.room() + row;
+                let at = position * sums.position_len + row * width + sums.column % width;
+                // SAFETY: checked by the slice.
+                unsafe { simd.load(sums.values[at..][..S::LANES].as_ptr()) }
+            };
+            let room = room.at::<S>(0, j);
+            // SAFETY: vectors `[output, j]` of the room.
+            let store = |output: usize, value| unsafe { simd.store(room.add(output * MAX_INPUTS * S::LANES), value) };
+            transform_output::<S, STRIDE, M>(simd, load, store);
+        }
+    }
+
+    /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
+    #[inline(always)]
+    fn transform_rows<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        column: usize,
+        down: usize,
+        room: &mut Room,
+    ) {
+        let (Place { image, top, left }, [oh, ow], o) = (self.part.places[tile], self.shape.output(), self.shape.o);
+        let channel = self.strip * STRIP + column;
+        // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
+        let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
+        for i in 0..down {
+            let room = room.at::<S>(i, 0);
+            // SAFETY: the columns have stored a vector for each row of outputs and each position across.
+            let load = |j: usize| unsafe { simd.load(room.add(j * S::LANES)) };
+            let first = ((image * oh + top + i) * ow + left) * o + channel;
+            // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
+            let store =
+                |j: usize, sum| unsafe { self.epilogue.store(simd, sum, bias, self.y.pointer(), first + j * o) };
+            transform_output::<S, STRIDE, M>(simd, load, store);
+        }
+    }
+}
