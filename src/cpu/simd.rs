@@ -170,6 +170,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
     /// `v`, but zero where `y` is zero or less.
     fn where_positive(self, y: Self::V, v: Self::V) -> Self::V;
+    /// Asks for the cache line at `p`, which may be anywhere, to be brought into L2.
+    #[inline(always)]
+    fn prefetch(self, _p: *const f32) {}
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
     fn relu(self, v: Self::V) -> Self::V;
 }

@@ -30,6 +30,8 @@ const CHANNELS: usize = 128;
 const TOGETHER: usize = 4;
 /// What a vector has at most.
 const LANES: usize = 16;
+/// f32 in a cache line.
+const LINE: usize = 16;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
 
@@ -520,6 +522,11 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         let taps = &self.filter.taps[first..][..channels.len() * TAPS_OF_CHANNEL];
         assert!(filters.len() >= VALUES * spread(panels * panel) && panels * width <= STRIP);
         for (channel, taps) in taps.chunks_exact(TAPS_OF_CHANNEL).enumerate() {
+            // The channels after these come next, or those of the next strip: each row of values asks for a part of them.
+            let ahead = taps.as_ptr().wrapping_add(channels.len() * TAPS_OF_CHANNEL);
+            for line in (ROW * TAPS_OF_CHANNEL / VALUES..(ROW + 1) * TAPS_OF_CHANNEL / VALUES).step_by(LINE) {
+                simd.prefetch(ahead.wrapping_add(line));
+            }
             for column in (0..panels * width).step_by(S::LANES) {
                 let at = column / width * panel + channel * width + column % width;
                 let row = std::array::from_fn(|across| {
