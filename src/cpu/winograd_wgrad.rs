@@ -24,14 +24,17 @@ const TIMES_THE_SUMS: usize = 4;
 /// Tiles a task transforms.
 const BLOCK_TILES: usize = 16;
 
-/// With more channels, of input or output, few outputs share their large sums.
-const MAX_CHANNELS: usize = 256;
+/// With more channels than these, of input or output, sums take longer to transform than few tiles take to multiply; and where
+/// few pixels are summed, what is exactly zero should stay so: an optimiser that divides by the size of a gradient would make steps
+/// of rounding errors.
+const MAX_CHANNELS_OF_FEW: usize = 256;
+/// Tiles that are enough for more channels.
+const MANY_TILES: usize = 32;
 
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
-    shape.stride == [1, 1]
-        && shape.c.max(shape.o) <= MAX_CHANNELS
-        && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
+    let enough = shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW || TileGrid::new(shape).count() >= MANY_TILES;
+    shape.stride == [1, 1] && enough && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`].
