@@ -88,7 +88,7 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
             let isa = Isa::current();
             let packed = conv::pack_filter::<T>(isa, w.as_slice(), shape, Splitting::Two);
             // What another algorithm than the direct product gains.
-            if matches!(packed, PackedFilter::Winograd(_) | PackedFilter::Strips(_)) {
+            if !matches!(packed, PackedFilter::Direct(_) | PackedFilter::Tiles(..)) {
                 let packed = conv::pack_filter_directly::<T>(isa, w.as_slice(), shape);
                 let mut out = y.to_vec::<T>();
                 passes.push((

@@ -8,6 +8,7 @@ use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
 use super::winograd::{self, Algorithm, WinogradFilter};
+use super::winograd_rows::{self, RowFilter};
 use super::winograd_strips::{self, StripFilter};
 use super::winograd_wgrad;
 use crate::tensor::pool::Scratch;
@@ -154,17 +155,22 @@ pub enum PackedFilter<T> {
     Winograd(WinogradFilter),
     /// Winograd's algorithm, filters transformed when they are used.
     Strips(StripFilter),
+    /// Winograd's algorithm along rows alone.
+    Rows(RowFilter),
     /// A product over the patches, on tiles.
     Tiles(Isa, TileFilter),
 }
 
-/// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` matters where f32 is multiplied as bf16: inference does with
-/// two parts. In training they will not do: a ReLU whose input is zero up to rounding passes its gradient or not, which
-/// a gradient far below sums up.
+/// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` says what for: inference does with two parts where f32 is
+/// multiplied as bf16, and with Winograd's algorithm for the first layer. Training does not: a ReLU whose input is zero up to rounding
+/// passes its gradient or not, which a gradient far below sums up.
 pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitting: Splitting) -> PackedFilter<T> {
     if isa.has_tiles() {
         let depth = shape.kh * shape.kw * shape.c;
         return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
+    }
+    if winograd_rows::suits(isa, shape) && splitting == Splitting::Two {
+        return PackedFilter::Rows(RowFilter::new(isa, filter, shape));
     }
     match winograd::algorithm::<T>(isa, shape, shape.c, shape.o) {
         Algorithm::Blocks => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
@@ -184,6 +190,7 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
     match filter {
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
         PackedFilter::Winograd(filter) => winograd::forward(x, filter, shape, epilogue, y),
+        PackedFilter::Rows(filter) => winograd_rows::forward(x, filter, shape, epilogue, y),
         PackedFilter::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
         PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
             let multiply = gemm_tiles::multiply::<U, T>;

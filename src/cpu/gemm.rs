@@ -295,6 +295,8 @@ impl<T: Float> Task for Block<'_, T> {
                     let tile = Tile {
                         runs: &pointers,
                         words,
+                        first: 0,
+                        step: 1,
                         b: b_block.as_ptr().cast(),
                         c: c.0,
                         targets: &targets[tile],
@@ -320,6 +322,9 @@ pub(super) struct Tile<'a, T> {
     /// For each run, where each of the rows has it; past the last row anything readable.
     pub(super) runs: &'a [[*const f32; TILE_ROWS]],
     pub(super) words: usize,
+    /// The first word of a run, and how many there are from one to the next.
+    pub(super) first: usize,
+    pub(super) step: usize,
     pub(super) b: *const f32,
     pub(super) c: *mut T,
     pub(super) targets: &'a [usize; TILE_ROWS],
@@ -366,7 +371,7 @@ impl<T: Float> Tile<'_, T> {
     }
 
     /// # Safety
-    /// Each pointer of `runs` is readable for `words` words of any alignment, `b` for as many rows of the full tile's width,
+    /// Each pointer of `runs` is readable for `words` words of any alignment, `step` apart from `first` on, `b` for as many rows of the full tile's width,
     /// `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which nothing else touches
     /// meanwhile.
     #[inline(always)]
@@ -384,18 +389,20 @@ impl<T: Float> Tile<'_, T> {
         let mut b = self.b;
         for pointers in self.runs {
             let pointers = *pointers;
-            for k in 0..self.words {
+            let (mut at, end) = (self.first, self.first + self.words * self.step);
+            while at < end {
                 // SAFETY: the contract above.
                 let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
                 for r in 0..R {
                     // SAFETY: the contract above.
-                    let a = simd.splat(unsafe { pointers[r].add(k).read_unaligned() });
+                    let a = simd.splat(unsafe { pointers[r].add(at).read_unaligned() });
                     for v in 0..V {
                         sums[r][v] = T::multiply_words(simd, a, b_row[v], sums[r][v]);
                     }
                 }
                 // SAFETY: one row further within B, or one past its end.
                 b = unsafe { b.add(width) };
+                at += self.step;
             }
         }
         // Through memory, so that nothing below asks for a register by its number: the sums would not be kept in registers

@@ -27,6 +27,7 @@ mod simd;
 pub mod winograd;
 mod winograd_axes;
 mod winograd_points;
+pub mod winograd_rows;
 pub mod winograd_strips;
 pub mod winograd_wgrad;
 

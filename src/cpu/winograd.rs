@@ -299,6 +299,8 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
         let tile = Tile::<f32> {
             runs: &runs,
             words: depth,
+            first: 0,
+            step: 1,
             b: b.as_ptr(),
             c: std::ptr::null_mut(),
             targets: &[0; TILE_ROWS],

@@ -18,63 +18,67 @@
 
 /// Outputs of a whole tile.
 pub(super) const OUTPUTS: usize = 4;
-/// Taps of the filter.
-pub(super) const TAPS: usize = 3;
-/// At most, over the strides: slots, inputs that a tile sees.
-pub(super) const MAX_SLOTS: usize = 9;
-pub(super) const MAX_INPUTS: usize = 9;
+
+/// A filter along an axis.
+#[derive(Clone, Copy)]
+pub(super) struct Axis {
+    /// Values of the filter.
+    pub taps: usize,
+    /// Inputs between outputs.
+    pub stride: usize,
+}
 
 /// The points in the order in which tiles take them, but for infinity, which is the second.
-const FINITE: [f32; 5] = [0.0, 1.0, -1.0, 2.0, -2.0];
+const FINITE: [f32; 6] = [0.0, 1.0, -1.0, 2.0, -2.0, 0.5];
 
 /// Taps of a phase.
-const fn phase_taps(stride: usize, phase: usize) -> usize {
-    (TAPS - phase).div_ceil(stride)
+const fn phase_taps(axis: Axis, phase: usize) -> usize {
+    (axis.taps - phase).div_ceil(axis.stride)
 }
 
 /// Slots of the phases before `phase`.
-const fn first_slot(stride: usize, phase: usize) -> usize {
+const fn first_slot(axis: Axis, phase: usize) -> usize {
     let (mut slots, mut before) = (0, 0);
     while before < phase {
-        slots += OUTPUTS + phase_taps(stride, before) - 1;
+        slots += OUTPUTS + phase_taps(axis, before) - 1;
         before += 1;
     }
     slots
 }
 
 /// Slots of a whole tile.
-pub(super) const fn slots(stride: usize) -> usize {
-    first_slot(stride, stride)
+pub(super) const fn slots(axis: Axis) -> usize {
+    first_slot(axis, axis.stride)
 }
 
 /// Phase and point of a slot.
-const fn phase_and_point(stride: usize, slot: usize) -> (usize, usize) {
-    let mut phase = stride - 1;
-    while first_slot(stride, phase) > slot {
+const fn phase_and_point(axis: Axis, slot: usize) -> (usize, usize) {
+    let mut phase = axis.stride - 1;
+    while first_slot(axis, phase) > slot {
         phase -= 1;
     }
-    (phase, slot - first_slot(stride, phase))
+    (phase, slot - first_slot(axis, phase))
 }
 
 /// The position that a slot's products are summed at.
-pub(super) const fn position_of(stride: usize, slot: usize) -> usize {
-    phase_and_point(stride, slot).1
+pub(super) const fn position_of(axis: Axis, slot: usize) -> usize {
+    phase_and_point(axis, slot).1
 }
 
 /// Whether a tile of `m` outputs has the slot.
-pub(super) const fn has_slot(stride: usize, m: usize, slot: usize) -> bool {
-    let (phase, point) = phase_and_point(stride, slot);
-    point + 1 < m + phase_taps(stride, phase)
+pub(super) const fn has_slot(axis: Axis, m: usize, slot: usize) -> bool {
+    let (phase, point) = phase_and_point(axis, slot);
+    point + 1 < m + phase_taps(axis, phase)
 }
 
 /// Positions of a tile of `m` outputs.
-pub(super) const fn positions(stride: usize, m: usize) -> usize {
-    m + phase_taps(stride, 0) - 1
+pub(super) const fn positions(axis: Axis, m: usize) -> usize {
+    m + phase_taps(axis, 0) - 1
 }
 
 /// Inputs that a tile of `m` outputs sees.
-pub(super) const fn inputs(stride: usize, m: usize) -> usize {
-    stride * (m - 1) + TAPS
+pub(super) const fn inputs(axis: Axis, m: usize) -> usize {
+    axis.stride * (m - 1) + axis.taps
 }
 
 /// Point number `k`, or none for infinity.
@@ -112,42 +116,34 @@ const fn power(k: usize, exponent: usize, count: usize) -> f32 {
     power
 }
 
-/// Values that a filter has along an axis: one for each slot, but a phase of one tap has the same at every point.
-pub(super) const VALUES: usize = 6;
-
-/// The value of a slot.
-pub(super) const fn value_of(slot: usize) -> usize {
-    if slot < VALUES { slot } else { VALUES - 1 }
-}
-
-/// `G`: what each value takes of the taps.
-pub(super) const fn filter_matrix(stride: usize) -> [[f32; TAPS]; VALUES] {
-    let mut matrix = [[0.0; TAPS]; VALUES];
-    let mut value = 0;
-    while value < VALUES {
-        let (phase, k) = phase_and_point(stride, value);
-        let taps = phase_taps(stride, phase);
+/// `G`: what each of the first `N` slots takes of the taps.
+pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis) -> [[f32; TAPS]; N] {
+    let mut matrix = [[0.0; TAPS]; N];
+    let mut slot = 0;
+    while slot < N {
+        let (phase, k) = phase_and_point(axis, slot);
+        let taps = phase_taps(axis, phase);
         let mut tap = 0;
         while tap < taps {
-            matrix[value][stride * tap + phase] = power(k, tap, taps);
+            matrix[slot][axis.stride * tap + phase] = power(k, tap, taps);
             tap += 1;
         }
-        value += 1;
+        slot += 1;
     }
     matrix
 }
 
-/// `B^T` of a tile of `m` outputs: what each slot takes of the inputs.
-pub(super) const fn input_matrix(stride: usize, m: usize) -> [[f32; MAX_INPUTS]; MAX_SLOTS] {
-    let mut matrix = [[0.0; MAX_INPUTS]; MAX_SLOTS];
+/// `B^T` of a tile of `m` outputs: what each slot takes of the inputs, `N` of either at least.
+pub(super) const fn input_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; N] {
+    let mut matrix = [[0.0; N]; N];
     let mut slot = 0;
-    while slot < slots(stride) {
-        let (phase, k) = phase_and_point(stride, slot);
-        let taps = phase_taps(stride, phase);
+    while slot < slots(axis) {
+        let (phase, k) = phase_and_point(axis, slot);
+        let taps = phase_taps(axis, phase);
         let count = m + taps - 1;
         if k < count {
             // The polynomial that is zero at the other finite points and one at this.
-            let mut polynomial = [0.0; MAX_INPUTS];
+            let mut polynomial = [0.0; N];
             polynomial[0] = 1.0 / normaliser(k, count);
             let (mut degree, mut other) = (0, 0);
             while other < count {
@@ -166,7 +162,7 @@ pub(super) const fn input_matrix(stride: usize, m: usize) -> [[f32; MAX_INPUTS];
             }
             let mut i = 0;
             while i < count {
-                matrix[slot][stride * i + phase] = polynomial[i];
+                matrix[slot][axis.stride * i + phase] = polynomial[i];
                 i += 1;
             }
         }
@@ -175,13 +171,13 @@ pub(super) const fn input_matrix(stride: usize, m: usize) -> [[f32; MAX_INPUTS];
     matrix
 }
 
-/// `A^T` of a tile of `m` outputs: what each output takes of the positions.
-pub(super) const fn output_matrix(stride: usize, m: usize) -> [[f32; MAX_INPUTS]; MAX_INPUTS] {
-    let mut matrix = [[0.0; MAX_INPUTS]; MAX_INPUTS];
+/// `A^T` of a tile of `m` outputs: what each output takes of the positions, `N` at least.
+pub(super) const fn output_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; OUTPUTS] {
+    let mut matrix = [[0.0; N]; OUTPUTS];
     let mut output = 0;
     while output < m {
         let mut k = 0;
-        while k < positions(stride, m) {
+        while k < positions(axis, m) {
             matrix[output][k] = power(k, output, m);
             k += 1;
         }
@@ -195,33 +191,43 @@ mod tests {
     use super::*;
 
     /// Every tile against the sum it stands for.
-    #[test]
-    fn every_tile_is_a_convolution() {
-        for (stride, m) in [1, 2].into_iter().flat_map(|stride| (1..=OUTPUTS).map(move |m| (stride, m))) {
-            let (filter, input, output) = (filter_matrix(stride), input_matrix(stride, m), output_matrix(stride, m));
-            let taps: [f32; TAPS] = [0.7, -1.3, 0.4];
-            let values: [f32; MAX_INPUTS] = [0.3, -0.8, 1.1, 0.6, -0.2, 0.9, -1.4, 0.5, 0.1];
-            let mut sums = [0.0f32; MAX_INPUTS];
-            for slot in 0..slots(stride) {
+    fn check<const TAPS: usize, const SLOTS: usize>(stride: usize) {
+        let axis = Axis { taps: TAPS, stride };
+        assert_eq!(slots(axis), SLOTS);
+        let values: Vec<f32> = (0..SLOTS + TAPS).map(|i| ((i * 37 + 11) % 23) as f32 / 11.0 - 1.0).collect();
+        let taps: [f32; TAPS] = std::array::from_fn(|i| ((i * 29 + 5) % 17) as f32 / 8.0 - 1.0);
+        for m in 1..=OUTPUTS {
+            let (filter, input) = (filter_matrix::<SLOTS, TAPS>(axis), input_matrix::<SLOTS>(axis, m));
+            let mut sums = [0.0f32; SLOTS];
+            for slot in 0..SLOTS {
                 let dot = |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
-                let product = dot(&filter[value_of(slot)], &taps) * dot(&input[slot], &values);
-                assert!(has_slot(stride, m, slot) || input[slot] == [0.0; MAX_INPUTS]);
-                sums[position_of(stride, slot)] += product;
+                assert!(has_slot(axis, m, slot) || input[slot] == [0.0; SLOTS]);
+                sums[position_of(axis, slot)] += dot(&filter[slot], &taps) * dot(&input[slot], &values);
             }
-            for (i, row) in output.iter().enumerate().take(m) {
+            for (i, row) in output_matrix::<SLOTS>(axis, m).iter().enumerate().take(m) {
                 let got: f32 = row.iter().zip(&sums).map(|(a, b)| a * b).sum();
                 let want: f32 = taps.iter().zip(&values[stride * i..]).map(|(a, b)| a * b).sum();
-                assert!((got - want).abs() <= 1e-5, "stride {stride}, {m} outputs, output {i}: {got}, not {want}");
+                let what = format!("{TAPS} taps, stride {stride}, {m} outputs, output {i}");
+                assert!((got - want).abs() <= 2e-5, "{what}: {got}, not {want}");
             }
         }
     }
 
     #[test]
+    fn every_tile_is_a_convolution() {
+        check::<3, 6>(1);
+        check::<3, 9>(2);
+        check::<7, 13>(2);
+    }
+
+    #[test]
     fn extents_of_tiles() {
-        assert_eq!([slots(1), positions(1, 4), inputs(1, 4)], [6, 6, 6]);
-        assert_eq!([slots(2), positions(2, 4), inputs(2, 4)], [9, 5, 9]);
-        assert_eq!([positions(1, 3), positions(2, 3), inputs(2, 3)], [5, 4, 7]);
-        let count = |stride, m| (0..slots(stride)).filter(|&slot| has_slot(stride, m, slot)).count();
-        assert_eq!([count(1, 4), count(1, 3), count(2, 4), count(2, 3), count(2, 1)], [6, 5, 9, 7, 3]);
+        let [one, two, wide] = [(3, 1), (3, 2), (7, 2)].map(|(taps, stride)| Axis { taps, stride });
+        assert_eq!([slots(one), positions(one, 4), inputs(one, 4)], [6, 6, 6]);
+        assert_eq!([slots(two), positions(two, 4), inputs(two, 4)], [9, 5, 9]);
+        assert_eq!([slots(wide), positions(wide, 4), inputs(wide, 4)], [13, 7, 13]);
+        assert_eq!([positions(one, 3), positions(two, 3), inputs(two, 3)], [5, 4, 7]);
+        let count = |axis, m| (0..slots(axis)).filter(|&slot| has_slot(axis, m, slot)).count();
+        assert_eq!([count(one, 4), count(one, 3), count(two, 4), count(two, 3), count(two, 1)], [6, 5, 9, 7, 3]);
     }
 }

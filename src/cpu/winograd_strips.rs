@@ -18,14 +18,21 @@ use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+/// Taps of a filter along an axis.
+const TAPS: usize = 3;
+/// Slots along an axis, and inputs of a tile, at most.
+const MAX: usize = 9;
+/// Values that a filter has along an axis: one for each slot, but a phase of one tap has the same at every point.
+const VALUES: usize = 6;
 /// Output channels of a task; a whole number of the micro-kernel's panels.
 const STRIP: usize = 64;
 /// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a strip should stay in L2.
 const PART: usize = 96;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
 const TRANSFORMED: usize = 5 << 20;
-/// Input channels whose filters are transformed together: the filters and a row of them transformed stay in L2 beside the sums.
-const CHANNELS: usize = 128;
+/// Input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass, and those
+/// of all positions in L2.
+const CHANNELS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
 /// What a vector has at most.
@@ -93,6 +100,16 @@ impl StripFilter {
         });
         StripFilter { isa, taps, c, o }
     }
+}
+
+/// The filter along an axis.
+const fn axis(stride: usize) -> Axis {
+    Axis { taps: TAPS, stride }
+}
+
+/// The value of a slot.
+const fn value_of(slot: usize) -> usize {
+    if slot < VALUES { slot } else { VALUES - 1 }
 }
 
 /// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of
@@ -166,7 +183,7 @@ impl Part {
     fn at<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
         self.classes.iter().cloned().enumerate().filter(move |(class, _)| {
             let [down, across] = self.outputs[*class];
-            i < positions(STRIDE, down) && j < positions(STRIDE, across)
+            i < positions(axis(STRIDE), down) && j < positions(axis(STRIDE), across)
         })
     }
 
@@ -203,8 +220,8 @@ fn forward_strided<T: Float, const STRIDE: usize>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let values_of_tile = slots(STRIDE).pow(2) * shape.c;
-    let values_of = |part: &Part| slots(STRIDE).pow(2) * part.slot_len(shape.c);
+    let values_of_tile = slots(axis(STRIDE)).pow(2) * shape.c;
+    let values_of = |part: &Part| slots(axis(STRIDE)).pow(2) * part.slot_len(shape.c);
     let tiles = shape.output().map(|extent| extent.div_ceil(OUTPUTS)).iter().product::<usize>() * shape.n;
     let groups = (tiles * values_of_tile * size_of::<f32>()).div_ceil(TRANSFORMED);
     let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
@@ -304,15 +321,15 @@ fn transform_input<S: Simd, const STRIDE: usize, const M: usize>(
     load: impl Fn(usize) -> S::V,
     store: impl Fn(usize, S::V),
 ) {
-    let mut values = [simd.splat(0.0); MAX_INPUTS];
+    let mut values = [simd.splat(0.0); MAX];
     unrolled!(I => {
-        if I < const { inputs(STRIDE, M) } {
+        if I < const { inputs(axis(STRIDE), M) } {
             values[I] = load(I);
         }
     });
     unrolled!(SLOT => {
-        if const { SLOT < slots(STRIDE) && has_slot(STRIDE, M, SLOT) } {
-            store(SLOT, combine(simd, &const { input_matrix(STRIDE, M)[SLOT] }, &values));
+        if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+            store(SLOT, combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), M)[SLOT] }, &values));
         }
     });
 }
@@ -324,22 +341,22 @@ fn transform_output<S: Simd, const STRIDE: usize, const M: usize>(
     load: impl Fn(usize) -> S::V,
     store: impl Fn(usize, S::V),
 ) {
-    let mut values = [simd.splat(0.0); MAX_INPUTS];
+    let mut values = [simd.splat(0.0); MAX];
     unrolled!(I => {
-        if I < const { positions(STRIDE, M) } {
+        if I < const { positions(axis(STRIDE), M) } {
             values[I] = load(I);
         }
     });
     unrolled!(I => {
         if I < M {
-            store(I, combine(simd, &const { output_matrix(STRIDE, M) }[I], &values));
+            store(I, combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), M) }[I.min(OUTPUTS - 1)], &values));
         }
     });
 }
 
 /// Vectors between the transforms along the two axes.
 #[repr(align(64))]
-struct Room(MaybeUninit<[f32; MAX_SLOTS * MAX_INPUTS * LANES]>);
+struct Room(MaybeUninit<[f32; MAX * MAX * LANES]>);
 
 impl Room {
     fn new() -> Self {
@@ -349,8 +366,8 @@ impl Room {
     /// Where vector `[i, j]` is.
     #[inline(always)]
     fn at<S: Simd>(&mut self, i: usize, j: usize) -> *mut f32 {
-        debug_assert!(S::LANES <= LANES && i < MAX_SLOTS && j < MAX_INPUTS);
-        self.0.as_mut_ptr().cast::<f32>().wrapping_add((i * MAX_INPUTS + j) * S::LANES)
+        debug_assert!(S::LANES <= LANES && i < MAX && j < MAX);
+        self.0.as_mut_ptr().cast::<f32>().wrapping_add((i * MAX + j) * S::LANES)
     }
 }
 
@@ -392,7 +409,7 @@ impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
     ) {
         let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
         let image = &self.x[image * h * w * c..][..h * w * c];
-        for j in 0..inputs(STRIDE, across) {
+        for j in 0..inputs(axis(STRIDE), across) {
             let column = (STRIDE * left + j).checked_sub(1).filter(|&x| x < w);
             let load = |i: usize| match (column, (STRIDE * top + i).checked_sub(1)) {
                 // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
@@ -403,7 +420,7 @@ impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
             };
             let room = room.at::<S>(0, j);
             // SAFETY: vectors `[slot, j]` of the room.
-            let store = |slot: usize, value| unsafe { simd.store(room.add(slot * MAX_INPUTS * S::LANES), value) };
+            let store = |slot: usize, value| unsafe { simd.store(room.add(slot * MAX * S::LANES), value) };
             transform_input::<S, STRIDE, M>(simd, load, store);
         }
     }
@@ -419,12 +436,12 @@ impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
         room: &mut Room,
     ) {
         let (slot_len, c) = (self.part.slot_len(self.shape.c), self.shape.c);
-        for row in (0..slots(STRIDE)).filter(|&slot| has_slot(STRIDE, down, slot)) {
+        for row in (0..slots(axis(STRIDE))).filter(|&slot| has_slot(axis(STRIDE), down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
             let load = |i: usize| unsafe { simd.load(room.add(i * S::LANES)) };
             let store = |slot: usize, value| {
-                let at = (row * slots(STRIDE) + slot) * slot_len + tile * c + channel;
+                let at = (row * slots(axis(STRIDE)) + slot) * slot_len + tile * c + channel;
                 // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
                 unsafe { simd.store(self.inputs.pointer().add(at), value) };
             };
@@ -453,32 +470,18 @@ impl<T: Float, const STRIDE: usize> Task for Strip<'_, T, STRIDE> {
         let width = S::LANES * S::VECTORS;
         let columns = STRIP.min(self.shape.o - self.strip * STRIP);
         let panels = columns.div_ceil(width);
-        let across = positions(STRIDE, OUTPUTS);
+        let across = positions(axis(STRIDE), OUTPUTS);
         let position_len = spread(panels * self.part.room() * width);
         // [position down][position across][panel][tile][column], tiles that have the position alone.
         let mut sums = Scratch::<f32>::take(across * across * position_len);
         let c = self.shape.c;
-        let row = VALUES * spread(panels * CHANNELS.min(c) * width);
-        let mut filters = [0; STRIDE].map(|_| Scratch::<f32>::take(row));
+        let mut filters = Scratch::<f32>::take(VALUES * VALUES * spread(panels * CHANNELS.min(c) * width));
         for start in (0..c).step_by(CHANNELS) {
             let channels = start..c.min(start + CHANNELS);
-            for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
-                // The phase of one tap has the same values at every position.
-                for (phase, filters) in filters.iter_mut().enumerate().take(if i == 0 { STRIDE } else { 1 }) {
-                    let row = if phase == 0 { i } else { VALUES - 1 };
-                    let channels = channels.clone();
-                    match row {
-                        0 => self.transform_filters::<S, 0>(simd, channels, panels, filters),
-                        1 => self.transform_filters::<S, 1>(simd, channels, panels, filters),
-                        2 => self.transform_filters::<S, 2>(simd, channels, panels, filters),
-                        3 => self.transform_filters::<S, 3>(simd, channels, panels, filters),
-                        4 => self.transform_filters::<S, 4>(simd, channels, panels, filters),
-                        _ => self.transform_filters::<S, 5>(simd, channels, panels, filters),
-                    }
-                }
-                for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
-                    self.multiply(simd, [i, j], channels.clone(), &filters, columns, sums);
-                }
+            self.transform_filters(simd, channels.clone(), panels, &mut filters);
+            for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
+                let position = [position / across, position % across];
+                self.multiply(simd, position, channels.clone(), &filters, columns, sums);
             }
         }
         let first: Vec<[usize; CLASSES]> =
@@ -506,39 +509,37 @@ struct Sums<'a> {
 }
 
 impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
-    /// Row `ROW` of the values of the filters of some channels: `[value across][panel][channel][column]`.
+    /// `G g G^T` of the filters of some channels: `[value down][value across][panel][channel][column]`.
     #[inline(always)]
-    fn transform_filters<S: Simd, const ROW: usize>(
-        &self,
-        simd: S,
-        channels: Range<usize>,
-        panels: usize,
-        filters: &mut [f32],
-    ) {
+    fn transform_filters<S: Simd>(&self, simd: S, channels: Range<usize>, panels: usize, filters: &mut [f32]) {
         const TAPS_OF_CHANNEL: usize = TAPS * TAPS * STRIP;
         let width = S::LANES * S::VECTORS;
         let panel = channels.len() * width;
+        let value_len = spread(panels * panel);
         let first = (self.strip * self.shape.c + channels.start) * TAPS_OF_CHANNEL;
         let taps = &self.filter.taps[first..][..channels.len() * TAPS_OF_CHANNEL];
-        assert!(filters.len() >= VALUES * spread(panels * panel) && panels * width <= STRIP);
+        assert!(filters.len() >= VALUES * VALUES * value_len && panels * width <= STRIP);
         for (channel, taps) in taps.chunks_exact(TAPS_OF_CHANNEL).enumerate() {
-            // The channels after these come next, or those of the next strip: each row of values asks for a part of them.
+            // The channels after these come next, or those of the next strip.
             let ahead = taps.as_ptr().wrapping_add(channels.len() * TAPS_OF_CHANNEL);
-            for line in (ROW * TAPS_OF_CHANNEL / VALUES..(ROW + 1) * TAPS_OF_CHANNEL / VALUES).step_by(LINE) {
-                simd.prefetch(ahead.wrapping_add(line));
-            }
+            (0..TAPS_OF_CHANNEL).step_by(LINE).for_each(|line| simd.prefetch(ahead.wrapping_add(line)));
             for column in (0..panels * width).step_by(S::LANES) {
                 let at = column / width * panel + channel * width + column % width;
-                let row = std::array::from_fn(|across| {
-                    // SAFETY: a vector of the strip's columns at each tap.
-                    let load =
-                        |down: usize| unsafe { simd.load(taps.as_ptr().add((down * TAPS + across) * STRIP + column)) };
-                    combine(simd, &const { filter_matrix(STRIDE)[ROW] }, &std::array::from_fn(load))
+                // SAFETY: a vector of the strip's columns at each tap.
+                let load = |tap: usize| unsafe { simd.load(taps.as_ptr().add(tap * STRIP + column)) };
+                let left = filter_values::<S, STRIDE>(simd, [load(0), load(3), load(6)]);
+                let middle = filter_values::<S, STRIDE>(simd, [load(1), load(4), load(7)]);
+                let right = filter_values::<S, STRIDE>(simd, [load(2), load(5), load(8)]);
+                unrolled!(DOWN => {
+                    if DOWN < VALUES {
+                        let row = filter_values::<S, STRIDE>(simd, [left[DOWN % VALUES], middle[DOWN % VALUES], right[DOWN % VALUES]]);
+                        for (across, vector) in row.iter().enumerate() {
+                            let value = (DOWN * VALUES + across) * value_len;
+                            // SAFETY: a vector of a channel's row within the value's panel, as asserted.
+                            unsafe { simd.store(filters.as_mut_ptr().add(value + at), *vector) };
+                        }
+                    }
                 });
-                for (value, vector) in filter_values::<S, STRIDE>(simd, row).iter().enumerate() {
-                    // SAFETY: a vector of a channel's row within the value's panel, as asserted.
-                    unsafe { simd.store(filters.as_mut_ptr().add(value * spread(panels * panel) + at), *vector) };
-                }
             }
         }
     }
@@ -550,7 +551,7 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         simd: S,
         [i, j]: [usize; 2],
         channels: Range<usize>,
-        filters: &[Scratch<f32>; STRIDE],
+        filters: &[f32],
         columns: usize,
         sums: &mut [f32],
     ) {
@@ -559,15 +560,15 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         // The tiles that have the position, with their class.
         let tiles: Vec<[usize; 2]> =
             self.part.at::<STRIDE>([i, j]).flat_map(|(class, tiles)| tiles.map(move |tile| [class, tile])).collect();
-        let meet = |position: usize| (0..slots(STRIDE)).filter(move |&slot| position_of(STRIDE, slot) == position);
-        for (phase, row, slot) in
-            meet(i).enumerate().flat_map(|(phase, row)| meet(j).map(move |slot| (phase, row, slot)))
-        {
-            let filters = &filters[phase][value_of(slot) * spread(panels * depth * width)..][..panels * depth * width];
+        let meet =
+            |position: usize| (0..slots(axis(STRIDE))).filter(move |&slot| position_of(axis(STRIDE), slot) == position);
+        for (row, slot) in meet(i).flat_map(|row| meet(j).map(move |slot| (row, slot))) {
+            let value = value_of(row) * VALUES + value_of(slot);
+            let filters = &filters[value * spread(panels * depth * width)..][..panels * depth * width];
             // For each class, where the inputs begin, or zeros if it lacks one of the slots.
             let starts = self.part.outputs.map(|[down, across]| {
-                let has = has_slot(STRIDE, down, row) && has_slot(STRIDE, across, slot);
-                has.then(|| (row * slots(STRIDE) + slot) * self.part.slot_len(c) + channels.start)
+                let has = has_slot(axis(STRIDE), down, row) && has_slot(axis(STRIDE), across, slot);
+                has.then(|| (row * slots(axis(STRIDE)) + slot) * self.part.slot_len(c) + channels.start)
             });
             let first = channels.start == 0 && [row, slot] == [i, j];
             for (panel, sums) in sums.chunks_exact_mut(self.part.room() * width).take(panels).enumerate() {
@@ -584,6 +585,8 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
                     let tile = Tile::<f32> {
                         runs: &[runs],
                         words: depth,
+                        first: 0,
+                        step: 1,
                         b: b.as_ptr(),
                         c: std::ptr::null_mut(),
                         targets: &[0; TILE_ROWS],
@@ -614,8 +617,8 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         let width = S::LANES * S::VECTORS;
         let class = self.part.class_of(tile);
         let row = tile - self.part.classes[class].start;
-        let (all, panel) = (positions(STRIDE, OUTPUTS), sums.column / width);
-        for j in 0..positions(STRIDE, across) {
+        let (all, panel) = (positions(axis(STRIDE), OUTPUTS), sums.column / width);
+        for j in 0..positions(axis(STRIDE), across) {
             let load = |i: usize| {
                 let (position, row) = (i * all + j, sums.first[i * all + j][class] + row);
                 let row = panel * self.part.room() + row;
@@ -625,7 +628,7 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
             };
             let room = room.at::<S>(0, j);
             // SAFETY: vectors `[output, j]` of the room.
-            let store = |output: usize, value| unsafe { simd.store(room.add(output * MAX_INPUTS * S::LANES), value) };
+            let store = |output: usize, value| unsafe { simd.store(room.add(output * MAX * S::LANES), value) };
             transform_output::<S, STRIDE, M>(simd, load, store);
         }
     }

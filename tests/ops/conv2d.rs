@@ -273,6 +273,18 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn rows_of_seven_taps(
+        n in 1usize..=2, h in 1usize..=40, w in 1usize..=25, c in 1usize..=5, o in 1usize..=5,
+        kh in 1usize..=7, sh in 1usize..=3, ph in 0usize..=3, pw in 0usize..=3,
+    ) {
+        prop_assume!(h + 2 * ph >= kh && w + 2 * pw >= 7);
+        check(shape([n, h, w, c], [16 * o, kh, 7], [sh, 2], [ph, pw]));
+    }
+}
+
 #[test]
 fn winograd_is_for_what_it_suits() {
     let isa = Isa::supported().filter(|isa| !isa.has_tiles()).last().unwrap();
