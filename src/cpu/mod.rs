@@ -26,9 +26,11 @@ mod portable;
 mod simd;
 pub mod winograd;
 mod winograd_axes;
+mod winograd_parts;
 mod winograd_points;
 pub mod winograd_rows;
 pub mod winograd_strips;
+mod winograd_transforms;
 pub mod winograd_wgrad;
 
 pub use float::Float;

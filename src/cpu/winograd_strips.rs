@@ -12,18 +12,13 @@ use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS};
 use super::simd::{Isa, Simd, Task, dispatch};
+use super::winograd_parts::{CLASSES, Part, Place, spread};
 use super::winograd_points::*;
+use super::winograd_transforms::*;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Taps of a filter along an axis.
-const TAPS: usize = 3;
-/// Slots along an axis, and inputs of a tile, at most.
-const MAX: usize = 9;
-/// Values that a filter has along an axis: one for each slot, but a phase of one tap has the same at every point.
-const VALUES: usize = 6;
 /// Output channels of a task; a whole number of the micro-kernel's panels.
 const STRIP: usize = 64;
 /// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a strip should stay in L2.
@@ -35,8 +30,6 @@ const TRANSFORMED: usize = 5 << 20;
 const CHANNELS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
-/// What a vector has at most.
-const LANES: usize = 16;
 /// f32 in a cache line.
 const LINE: usize = 16;
 /// Input channels at most: what a pixel of padding can stand for.
@@ -102,102 +95,6 @@ impl StripFilter {
     }
 }
 
-/// The filter along an axis.
-const fn axis(stride: usize) -> Axis {
-    Axis { taps: TAPS, stride }
-}
-
-/// The value of a slot.
-const fn value_of(slot: usize) -> usize {
-    if slot < VALUES { slot } else { VALUES - 1 }
-}
-
-/// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of
-/// a cache, whereas powers of two would all fall into the same.
-fn spread(values: usize) -> usize {
-    (values.div_ceil(LANES) | 1) * LANES
-}
-
-/// A tile: its image and its first output.
-#[derive(Clone, Copy)]
-struct Place {
-    image: usize,
-    top: usize,
-    left: usize,
-}
-
-/// Tiles by their extents: whole ones, those at the right edge, at the bottom, and in the corner.
-const CLASSES: usize = 4;
-
-/// Some tiles of an output, ordered by class.
-struct Part {
-    places: Vec<Place>,
-    /// The tiles of each class.
-    classes: [Range<usize>; CLASSES],
-    /// Outputs of each class's tiles, down and across.
-    outputs: [[usize; 2]; CLASSES],
-}
-
-impl Part {
-    /// All tiles of the output, in `parts` of about the same size.
-    fn all(shape: &ConvShape, parts: usize) -> Vec<Part> {
-        let output = shape.output();
-        let across = output.map(|extent| extent.div_ceil(OUTPUTS));
-        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (across[axis] - 1) * OUTPUTS);
-        let outputs = [[OUTPUTS; 2], [OUTPUTS, right_edge], [down_edge, OUTPUTS], [down_edge, right_edge]];
-        let tiles = shape.n * across[0] * across[1];
-        let class_of = |tile: usize| {
-            let (y, x) = (tile / across[1] % across[0], tile % across[1]);
-            usize::from(y + 1 == across[0]) * 2 + usize::from(x + 1 == across[1])
-        };
-        let part = |i: usize| {
-            let mut ordered: Vec<usize> = (i * tiles / parts..(i + 1) * tiles / parts).collect();
-            ordered.sort_by_key(|&tile| class_of(tile));
-            let start = |class: usize| ordered.partition_point(|&tile| class_of(tile) < class);
-            let classes = std::array::from_fn(|class| start(class)..start(class + 1));
-            let place = |tile: usize| Place {
-                image: tile / (across[0] * across[1]),
-                top: tile / across[1] % across[0] * OUTPUTS,
-                left: tile % across[1] * OUTPUTS,
-            };
-            Part { places: ordered.into_iter().map(place).collect(), classes, outputs }
-        };
-        (0..parts).map(part).collect()
-    }
-
-    /// Values of the inputs of one pair of slots.
-    fn slot_len(&self, channels: usize) -> usize {
-        spread(self.places.len() * channels)
-    }
-
-    /// Tiles that a position has room for: whole tiles of the micro-kernel.
-    fn room(&self) -> usize {
-        self.places.len().next_multiple_of(TILE_ROWS)
-    }
-
-    fn class_of(&self, tile: usize) -> usize {
-        self.classes.iter().position(|tiles| tiles.contains(&tile)).expect("every tile has a class")
-    }
-
-    /// Tiles that have position `[i, j]`, class by class.
-    fn at<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
-        self.classes.iter().cloned().enumerate().filter(move |(class, _)| {
-            let [down, across] = self.outputs[*class];
-            i < positions(axis(STRIDE), down) && j < positions(axis(STRIDE), across)
-        })
-    }
-
-    /// Which of the tiles that have position `[i, j]` is the first of each class.
-    fn first_of_classes<const STRIDE: usize>(&self, position: [usize; 2]) -> [usize; CLASSES] {
-        let (mut first, mut before) = ([0; CLASSES], 0);
-        for (class, tiles) in self.at::<STRIDE>(position) {
-            first[class] = before;
-            before += tiles.len();
-        }
-        first
-    }
-}
-
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride one or two.
 pub fn forward<T: Float>(x: &[T], filter: &StripFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
     let [oh, ow] = shape.output();
@@ -247,127 +144,6 @@ fn forward_strided<T: Float, const STRIDE: usize>(
             let (part, inputs) = (&parts[part], &inputs[part]);
             dispatch(filter.isa, Strip::<T, STRIDE> { part, inputs, filter, strip, shape, epilogue, y: &out });
         });
-    }
-}
-
-/// Runs `$body` with `$I` the constants 0 to 8: what a loop over them would compute at run time is then known to the compiler.
-macro_rules! unrolled {
-    ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8) };
-    (@ $I:ident $body:block $($i:literal)*) => {
-        $({
-            const $I: usize = $i;
-            $body
-        })*
-    };
-}
-
-/// Sum of the values times a row of a matrix that is known when this is compiled.
-#[inline(always)]
-fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N]) -> S::V {
-    let mut sum = None;
-    unrolled!(I => {
-        if I < N && row[I] != 0.0 {
-            sum = Some(match (sum, row[I]) {
-                (None, 1.0) => values[I],
-                (Some(sum), 1.0) => simd.add(sum, values[I]),
-                (Some(sum), -1.0) => simd.sub(sum, values[I]),
-                (sum, factor) => simd.mul_add(simd.splat(factor), values[I], sum.unwrap_or(simd.splat(0.0))),
-            });
-        }
-    });
-    sum.unwrap_or(simd.splat(0.0))
-}
-
-/// `G g` along an axis: the values of a filter at the points.
-#[inline(always)]
-fn filter_values<S: Simd, const STRIDE: usize>(simd: S, [a, b, c]: [S::V; TAPS]) -> [S::V; VALUES] {
-    let two = simd.splat(2.0);
-    if STRIDE == 1 {
-        let (near, far) = (simd.add(a, c), simd.mul_add(simd.splat(4.0), c, a));
-        let (plus, minus) = (simd.mul_add(two, b, far), simd.mul_add(simd.splat(-2.0), b, far));
-        return [a, c, simd.add(near, b), simd.sub(near, b), plus, minus];
-    }
-    [a, c, simd.add(a, c), simd.sub(a, c), simd.mul_add(two, c, a), b]
-}
-
-/// Runs `$body` with `$M` the constant that `$m` is.
-macro_rules! with_outputs {
-    ($m:expr, $M:ident => $body:expr) => {
-        match $m {
-            1 => {
-                const $M: usize = 1;
-                $body
-            }
-            2 => {
-                const $M: usize = 2;
-                $body
-            }
-            3 => {
-                const $M: usize = 3;
-                $body
-            }
-            _ => {
-                const $M: usize = OUTPUTS;
-                $body
-            }
-        }
-    };
-}
-
-/// `B^T d` along an axis of a tile of `M` outputs.
-#[inline(always)]
-fn transform_input<S: Simd, const STRIDE: usize, const M: usize>(
-    simd: S,
-    load: impl Fn(usize) -> S::V,
-    store: impl Fn(usize, S::V),
-) {
-    let mut values = [simd.splat(0.0); MAX];
-    unrolled!(I => {
-        if I < const { inputs(axis(STRIDE), M) } {
-            values[I] = load(I);
-        }
-    });
-    unrolled!(SLOT => {
-        if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
-            store(SLOT, combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), M)[SLOT] }, &values));
-        }
-    });
-}
-
-/// `A^T m` along an axis of a tile of `M` outputs.
-#[inline(always)]
-fn transform_output<S: Simd, const STRIDE: usize, const M: usize>(
-    simd: S,
-    load: impl Fn(usize) -> S::V,
-    store: impl Fn(usize, S::V),
-) {
-    let mut values = [simd.splat(0.0); MAX];
-    unrolled!(I => {
-        if I < const { positions(axis(STRIDE), M) } {
-            values[I] = load(I);
-        }
-    });
-    unrolled!(I => {
-        if I < M {
-            store(I, combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), M) }[I.min(OUTPUTS - 1)], &values));
-        }
-    });
-}
-
-/// Vectors between the transforms along the two axes.
-#[repr(align(64))]
-struct Room(MaybeUninit<[f32; MAX * MAX * LANES]>);
-
-impl Room {
-    fn new() -> Self {
-        Room(MaybeUninit::uninit())
-    }
-
-    /// Where vector `[i, j]` is.
-    #[inline(always)]
-    fn at<S: Simd>(&mut self, i: usize, j: usize) -> *mut f32 {
-        debug_assert!(S::LANES <= LANES && i < MAX && j < MAX);
-        self.0.as_mut_ptr().cast::<f32>().wrapping_add((i * MAX + j) * S::LANES)
     }
 }
 

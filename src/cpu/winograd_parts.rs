@@ -1,0 +1,93 @@
+//! The tiles of an output, ordered by their extents.
+
+use super::conv::ConvShape;
+use super::gemm::TILE_ROWS;
+use super::winograd_points::{OUTPUTS, positions};
+use super::winograd_transforms::{LANES, axis};
+use std::ops::Range;
+
+/// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of
+/// a cache, whereas powers of two would all fall into the same.
+pub(super) fn spread(values: usize) -> usize {
+    (values.div_ceil(LANES) | 1) * LANES
+}
+
+/// A tile: its image and its first output.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub image: usize,
+    pub top: usize,
+    pub left: usize,
+}
+
+/// Tiles by their extents: whole ones, those at the right edge, at the bottom, and in the corner.
+pub(super) const CLASSES: usize = 4;
+
+/// Some tiles of an output, ordered by class.
+pub(super) struct Part {
+    pub places: Vec<Place>,
+    /// The tiles of each class.
+    pub classes: [Range<usize>; CLASSES],
+    /// Outputs of each class's tiles, down and across.
+    pub outputs: [[usize; 2]; CLASSES],
+}
+
+impl Part {
+    /// All tiles of the output, in `parts` of about the same size.
+    pub fn all(shape: &ConvShape, parts: usize) -> Vec<Part> {
+        let output = shape.output();
+        let across = output.map(|extent| extent.div_ceil(OUTPUTS));
+        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (across[axis] - 1) * OUTPUTS);
+        let outputs = [[OUTPUTS; 2], [OUTPUTS, right_edge], [down_edge, OUTPUTS], [down_edge, right_edge]];
+        let tiles = shape.n * across[0] * across[1];
+        let class_of = |tile: usize| {
+            let (y, x) = (tile / across[1] % across[0], tile % across[1]);
+            usize::from(y + 1 == across[0]) * 2 + usize::from(x + 1 == across[1])
+        };
+        let part = |i: usize| {
+            let mut ordered: Vec<usize> = (i * tiles / parts..(i + 1) * tiles / parts).collect();
+            ordered.sort_by_key(|&tile| class_of(tile));
+            let start = |class: usize| ordered.partition_point(|&tile| class_of(tile) < class);
+            let classes = std::array::from_fn(|class| start(class)..start(class + 1));
+            let place = |tile: usize| Place {
+                image: tile / (across[0] * across[1]),
+                top: tile / across[1] % across[0] * OUTPUTS,
+                left: tile % across[1] * OUTPUTS,
+            };
+            Part { places: ordered.into_iter().map(place).collect(), classes, outputs }
+        };
+        (0..parts).map(part).collect()
+    }
+
+    /// Values of the inputs of one pair of slots.
+    pub fn slot_len(&self, channels: usize) -> usize {
+        spread(self.places.len() * channels)
+    }
+
+    /// Tiles that a position has room for: whole tiles of the micro-kernel.
+    pub fn room(&self) -> usize {
+        self.places.len().next_multiple_of(TILE_ROWS)
+    }
+
+    pub fn class_of(&self, tile: usize) -> usize {
+        self.classes.iter().position(|tiles| tiles.contains(&tile)).expect("every tile has a class")
+    }
+
+    /// Tiles that have position `[i, j]`, class by class.
+    pub fn at<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        self.classes.iter().cloned().enumerate().filter(move |(class, _)| {
+            let [down, across] = self.outputs[*class];
+            i < positions(axis(STRIDE), down) && j < positions(axis(STRIDE), across)
+        })
+    }
+
+    /// Which of the tiles that have position `[i, j]` is the first of each class.
+    pub fn first_of_classes<const STRIDE: usize>(&self, position: [usize; 2]) -> [usize; CLASSES] {
+        let (mut first, mut before) = ([0; CLASSES], 0);
+        for (class, tiles) in self.at::<STRIDE>(position) {
+            first[class] = before;
+            before += tiles.len();
+        }
+        first
+    }
+}
