@@ -2,7 +2,7 @@
 //!
 //! Where pixels have three channels the transforms are what limits the algorithm, and along both axes they would cost more than
 //! they save. Along rows they halve the products: four outputs take 7 + 6 for each row of the filter instead of 28
-//! ([`super::winograd_points`]). Sums of products at a point go over the filter's rows, the two phases and the channels, so
+//! (`winograd_points.rs`). Sums of products at a point go over the filter's rows, the two phases and the channels, so
 //! that the transform back is done once for all of them.
 
 use super::conv::ConvShape;

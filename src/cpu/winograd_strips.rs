@@ -5,7 +5,7 @@
 //! a task takes a strip of output channels, transforms the strip's filters for one row of positions after the other, which
 //! stays in L2, multiplies, and transforms the sums back when all positions are there.
 //!
-//! Tiles at the bottom and the right end where the image does ([`super::winograd_points`]). Tiles of a task are ordered by
+//! Tiles at the bottom and the right end where the image does (`winograd_points.rs`). Tiles of a task are ordered by
 //! their extents, so that those that have a position lie together.
 
 use super::conv::ConvShape;
