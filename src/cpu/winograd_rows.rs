@@ -81,7 +81,7 @@ impl RowFilter {
     }
 }
 
-/// `y = epilogue(conv(x, filter))` for what [`suits`].
+/// `y = epilogue(conv(x, filter))` for what [`suits`] accepts.
 pub fn forward<T: Float>(x: &[T], filter: &RowFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
     let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o, shape.kw, shape.stride[1]), (filter.c, filter.o, TAPS, AXIS.stride));

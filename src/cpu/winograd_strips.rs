@@ -1,12 +1,12 @@
 //! Winograd's algorithm for 3x3 filters of many channels, with a stride of one or two.
 //!
-//! Transformed filters are four to nine times as large as filters. Where there are many channels they do not fit a cache, and
-//! reading them would take longer than making them: so they are made when they are used. All inputs are transformed first. Then
-//! a task takes a strip of output channels, transforms the strip's filters for one row of positions after the other, which
-//! stays in L2, multiplies, and transforms the sums back when all positions are there.
+//! Transformed filters are four times as large as filters. Where there are many channels they do not fit a cache, and reading
+//! them would take longer than making them: so they are made when they are used. All inputs are transformed first. Then a task
+//! takes a strip of output channels; for some input channels after others it transforms the filters, which stay in L2, and adds
+//! the products at all positions; and it transforms the sums back.
 //!
-//! Tiles at the bottom and the right end where the image does (`winograd_points.rs`). Tiles of a task are ordered by
-//! their extents, so that those that have a position lie together.
+//! Tiles at the bottom and at the right end where the image does (`winograd_points.rs`). Tiles of a task are ordered by their
+//! extents, so that those that have a position lie together.
 
 use super::conv::ConvShape;
 use super::float::Float;

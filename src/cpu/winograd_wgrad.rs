@@ -37,7 +37,7 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     shape.stride == [1, 1] && enough && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
-/// Gradient to filters `[o, 3, 3, c]`, for what [`suits`].
+/// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let (c, o) = (shape.c, shape.o);
     let [oh, ow] = shape.output();
