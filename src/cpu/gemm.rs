@@ -371,9 +371,9 @@ impl<T: Float> Tile<'_, T> {
     }
 
     /// # Safety
-    /// Each pointer of `runs` is readable for `words` words of any alignment, `step` apart from `first` on, `b` for as many rows of the full tile's width,
-    /// `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which nothing else touches
-    /// meanwhile.
+    /// Each pointer of `runs` is readable for `words` words of any alignment, `step` apart from `first` on, `b` for as many rows of
+    /// the full tile's width, `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which
+    /// nothing else touches meanwhile.
     #[inline(always)]
     unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S) {
         let width = S::LANES * S::VECTORS;
