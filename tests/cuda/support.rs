@@ -44,14 +44,14 @@ pub fn random(dims: &[usize], seed: u64) -> Tensor {
     Tensor::from_slice(&values, dims).unwrap()
 }
 
-/// ||got - want|| / ||want||, where a norm of less than 0.2 an element counts as that much: sums of numbers near 1 that cancel
+/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much: sums of numbers near 1 that cancel
 /// are not wrong in their own size. NaN if anything is.
 pub fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len(), "lengths");
     let square = |x: f64| x * x;
     let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
     let norm: f64 = want.iter().map(|&w| square(f64::from(w))).sum();
-    (difference / norm.max(square(0.2) * want.len() as f64)).sqrt()
+    (difference / norm.max(square(0.05) * want.len() as f64)).sqrt()
 }
 
 pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
