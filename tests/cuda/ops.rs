@@ -35,7 +35,8 @@ fn near(tile: usize) -> impl Strategy<Value = usize> {
 
 fn cases() -> impl Strategy<Value = Case> {
     let kernel = prop_oneof![Just((1, 0)), Just((3, 1)), Just((5, 2)), Just((3, 0))];
-    (1usize..3, 3usize..11, 3usize..11, near(16), near(16), kernel, 1usize..4).prop_filter_map(
+    // From two pictures up: a single result may cancel, and would then be held to its own size.
+    (2usize..4, 3usize..11, 3usize..11, near(16), near(16), kernel, 1usize..4).prop_filter_map(
         "the filter fits",
         |(n, h, w, c, o, (k, padding), stride)| {
             (h + 2 * padding >= k && w + 2 * padding >= k).then_some(Case { n, h, w, c, o, k, stride, padding })
@@ -73,8 +74,10 @@ proptest! {
         compare_as_filters(case, &[case.x(), case.weight()], DType::F32, 2e-3);
     }
 
+    /// From eight rows up: two or three leave almost nothing of a gradient, and may lie so close together that the mean's
+    /// last bit decides. Those are in [`norm_by_a_batch_of_few_rows`].
     #[test]
-    fn norm_by_the_batch(rows in 2usize..300, channels in near(32), residual in any::<bool>(), relu in any::<bool>(),
+    fn norm_by_the_batch(rows in 8usize..300, channels in near(32), residual in any::<bool>(), relu in any::<bool>(),
                          narrow in any::<bool>(), offset in -30.0f32..30.0) {
         require_device!(Ok(()));
         let dims = [1, rows, 1, channels];
@@ -86,6 +89,19 @@ proptest! {
         prop_assume!(!narrow || offset.abs() < 1.0);
         compare_as(dtype, &inputs, tolerance, |x| {
             let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: x.get(3), relu };
+            Ok(ops::norm_act(&x[0], Statistics::Batch(None), how)?.0)
+        });
+    }
+
+    #[test]
+    fn norm_by_a_batch_of_few_rows(rows in 2usize..8, channels in near(32), relu in any::<bool>()) {
+        require_device!(Ok(()));
+        let apart: Vec<f32> = (0..rows * channels).map(|i| (i / channels) as f32 * 0.8).collect();
+        let dims = [1, rows, 1, channels];
+        let apart = Tensor::from_slice(&apart, dims).unwrap();
+        let x = ops::add(&ops::scale(&random(&dims, 1), 0.3).unwrap(), &apart).unwrap();
+        compare(&[x, random(&[channels], 2), random(&[channels], 3)], 3e-5, |x| {
+            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: None, relu };
             Ok(ops::norm_act(&x[0], Statistics::Batch(None), how)?.0)
         });
     }

@@ -44,19 +44,23 @@ pub fn random(dims: &[usize], seed: u64) -> Tensor {
     Tensor::from_slice(&values, dims).unwrap()
 }
 
-/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much: sums of numbers near 1 that cancel
-/// are not wrong in their own size. NaN if anything is.
-pub fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
+/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much, and as more by the root of the
+/// number of `terms` that make an element: sums of numbers near 1 that cancel are not wrong in their own size. NaN if anything is.
+pub fn relative_l2(got: &[f32], want: &[f32], terms: usize) -> f64 {
     assert_eq!(got.len(), want.len(), "lengths");
     let square = |x: f64| x * x;
     let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
     let norm: f64 = want.iter().map(|&w| square(f64::from(w))).sum();
-    (difference / norm.max(square(0.05) * want.len() as f64)).sqrt()
+    (difference / norm.max(square(0.05) * (terms * want.len()) as f64)).sqrt()
 }
 
 pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    assert_close_sums(what, got, want, 1, tolerance);
+}
+
+fn assert_close_sums(what: &str, got: &Tensor, want: &Tensor, terms: usize, tolerance: f64) {
     assert_eq!(got.dims(), want.dims(), "{what}: extents");
-    let error = relative_l2(&got.to_f32_vec().unwrap(), &want.to_f32_vec().unwrap());
+    let error = relative_l2(&got.to_f32_vec().unwrap(), &want.to_f32_vec().unwrap(), terms);
     assert!(error <= tolerance, "{what}: relative error {error:e}, at most {tolerance:e}");
 }
 
@@ -89,13 +93,18 @@ pub fn compare_as(dtype: DType, inputs: &[Tensor], tolerance: f64, f: impl Fn(&[
         return;
     }
     let seed = random(want.dims(), 99);
+    // Where there are more results than inputs, an input's gradient sums at least that many terms.
+    let results = want.numel();
+    let terms = |input: &Tensor| (results / input.numel()).max(1);
     let seed = if got.dtype() == DType::BF16 { rounded(&seed) } else { seed };
     let want = want.backward_with(seed.clone()).unwrap();
     let seed = seed.to_device(Device::Cuda).unwrap().to_dtype(got.dtype()).unwrap();
     let got = got.backward_with(seed).unwrap();
     for (i, (cpu, cuda)) in on_cpu.iter().zip(&on_cuda).enumerate() {
         match (want.get(cpu), got.get(cuda)) {
-            (Some(want), Some(got)) => assert_close(&format!("gradient {i}"), got, want, tolerance),
+            (Some(want), Some(got)) => {
+                assert_close_sums(&format!("gradient {i}"), got, want, terms(cpu), tolerance);
+            }
             (want, got) => assert_eq!(want.is_some(), got.is_some(), "gradient {i}"),
         }
     }
