@@ -116,13 +116,49 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
                 let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
                 return _mm256_storeu_si256(p.cast(), rounded);
             }
-            let bits = _mm512_castps_si512(v);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-            let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
-            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen)));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_bits(v))));
         }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut bf16, low: __m512, high: __m512) {
+        // SAFETY: `self` proves the features; the caller vouches for `p`.
+        unsafe {
+            if BF16 {
+                // Lane `2 i` of the result is `i` of the lower half, lane `2 i + 1` is `i` of the upper half.
+                let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+                let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                return _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(order, halves));
+            }
+            let upper = _mm512_and_si512(rounded_bits(high), _mm512_set1_epi32(-1 << 16));
+            _mm512_storeu_si512(p.cast(), _mm512_or_si512(upper, _mm512_srli_epi32::<16>(rounded_bits(low))));
+        }
+    }
+}
+
+/// Indices that interleave the halves of 32 values of 16 bits.
+static INTERLEAVED: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
+/// The bits of `v` rounded to the nearest bf16, in the upper half of each lane.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn rounded_bits(v: __m512) -> __m512i {
+    // SAFETY: the contract.
+    unsafe {
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        _mm512_mask_blend_epi32(nan, rounded, quiet)
     }
 }

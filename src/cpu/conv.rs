@@ -151,14 +151,45 @@ fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
 pub enum PackedFilter<T> {
     /// A product over the patches.
     Direct(PackedB<T>),
-    /// Winograd's algorithm, filters transformed beforehand.
-    Winograd(WinogradFilter),
-    /// Winograd's algorithm, filters transformed when they are used.
-    Strips(StripFilter),
+    /// Winograd's algorithm.
+    Winograd(Winograd<T>),
+    /// Winograd's algorithm in f32, where no instruction multiplies activations as they are.
+    WinogradWide(Winograd<f32>),
     /// Winograd's algorithm along rows alone.
     Rows(RowFilter),
     /// A product over the patches, on tiles.
     Tiles(Isa, TileFilter),
+}
+
+/// Filters for Winograd's algorithm whose products are of type `W`.
+pub enum Winograd<W> {
+    /// Transformed beforehand.
+    Blocks(WinogradFilter<W>),
+    /// Transformed when they are used.
+    Strips(StripFilter<W>),
+}
+
+impl<W: Float> Winograd<W> {
+    fn new(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
+        match algorithm {
+            Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(WinogradFilter::new(isa, filter, shape.o, shape.c)),
+        }
+    }
+
+    fn for_backward_input(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
+        match algorithm {
+            Algorithm::Strips => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c)),
+        }
+    }
+
+    fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+        match self {
+            Winograd::Blocks(filter) => winograd::forward(x, filter, shape, epilogue, y),
+            Winograd::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
+        }
+    }
 }
 
 /// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` says what for: inference does with two parts where f32 is
@@ -173,9 +204,11 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitt
         return PackedFilter::Rows(RowFilter::new(isa, filter, shape));
     }
     match winograd::algorithm::<T>(isa, shape, shape.c, shape.o) {
-        Algorithm::Blocks => PackedFilter::Winograd(WinogradFilter::new(isa, filter, shape.o, shape.c)),
-        Algorithm::Strips => PackedFilter::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
         Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
+        algorithm if winograd::multiplies::<T>(isa) => {
+            PackedFilter::Winograd(Winograd::new(isa, algorithm, filter, shape))
+        }
+        algorithm => PackedFilter::WinogradWide(Winograd::new(isa, algorithm, filter, shape)),
     }
 }
 
@@ -189,9 +222,9 @@ pub fn pack_filter_directly<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShap
 pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
     match filter {
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
-        PackedFilter::Winograd(filter) => winograd::forward(x, filter, shape, epilogue, y),
+        PackedFilter::Winograd(filter) => filter.forward(x, shape, epilogue, y),
+        PackedFilter::WinogradWide(filter) => filter.forward(x, shape, epilogue, y),
         PackedFilter::Rows(filter) => winograd_rows::forward(x, filter, shape, epilogue, y),
-        PackedFilter::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
         PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
             let multiply = gemm_tiles::multiply::<U, T>;
             if shape.merges_taps() {
@@ -224,15 +257,16 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
     }
     let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
     match winograd::algorithm::<T>(isa, shape, shape.o, shape.c) {
-        Algorithm::Blocks => {
-            let filter = WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c);
-            winograd::forward(dy, &filter, &turned, Epilogue::default(), dx);
+        Algorithm::Direct => backward_input_directly(isa, dy, filter, shape, dx),
+        _ if shape.stride != [1, 1] => backward_input_directly(isa, dy, filter, shape, dx),
+        algorithm if winograd::multiplies::<T>(isa) => {
+            let filter = Winograd::<T>::for_backward_input(isa, algorithm, filter, shape);
+            filter.forward(dy, &turned, Epilogue::default(), dx);
         }
-        Algorithm::Strips if shape.stride == [1, 1] => {
-            let filter = StripFilter::for_backward_input(isa, filter, shape.o, shape.c);
-            winograd_strips::forward(dy, &filter, &turned, Epilogue::default(), dx);
+        algorithm => {
+            let filter = Winograd::<f32>::for_backward_input(isa, algorithm, filter, shape);
+            filter.forward(dy, &turned, Epilogue::default(), dx);
         }
-        _ => backward_input_directly(isa, dy, filter, shape, dx),
     }
 }
 

@@ -99,6 +99,11 @@ impl Isa {
         matches!(self, Isa::Amx | Isa::AmxEmulated)
     }
 
+    /// Whether an instruction multiplies pairs of bf16, in the time of an f32.
+    pub fn multiplies_pairs(self) -> bool {
+        self.vectors() == Isa::Avx512Bf16
+    }
+
     /// f32 in a vector.
     pub fn lanes(self) -> usize {
         match self.vectors() {
@@ -168,6 +173,24 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` bf16.
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// `LANES` pairs to `p`, each of a value of `low` and one of `high`, rounded as by [`Simd::store_bf16`].
+    ///
+    /// # Safety
+    /// `p` is valid for writing `2 * LANES` bf16.
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut bf16, low: Self::V, high: Self::V) {
+        const { assert!(Self::LANES <= 16) };
+        let mut rows = [[bf16::ZERO; 16]; 2];
+        // SAFETY: there is room for 16 lanes; the caller vouches for `p`.
+        unsafe {
+            self.store_bf16(rows[0].as_mut_ptr(), low);
+            self.store_bf16(rows[1].as_mut_ptr(), high);
+            for lane in 0..Self::LANES {
+                p.add(2 * lane).write(rows[0][lane]);
+                p.add(2 * lane + 1).write(rows[1][lane]);
+            }
+        }
+    }
     /// `v`, but zero where `y` is zero or less.
     fn where_positive(self, y: Self::V, v: Self::V) -> Self::V;
     /// Asks for the cache line at `p`, which may be anywhere, to be brought into L2.

@@ -33,10 +33,11 @@ pub(super) const IN: usize = 6;
 /// Products of a tile for a pair of channels.
 pub(super) const POSITIONS: usize = IN * IN;
 
-/// Filters transformed and packed for the micro-kernel: `[position][panel of O][C][column of the panel]`, zero-padded.
-pub struct WinogradFilter {
+/// Filters transformed and packed for the micro-kernel: `[position][panel of O][word of C][column of the panel]`, zero-padded. `W` is
+/// the type whose products are taken.
+pub struct WinogradFilter<W> {
     isa: Isa,
-    panels: Scratch<f32>,
+    panels: Scratch<W>,
     c: usize,
     o: usize,
 }
@@ -63,12 +64,17 @@ pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> A
         ([1, 1], ..=MAX_CHANNELS) => Algorithm::Blocks,
         ([1, 1], ..=winograd_strips::MAX_CHANNELS) => Algorithm::Strips,
         // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.
-        ([2, 2], ..=winograd_strips::MAX_CHANNELS) if T::PER_WORD == 1 => Algorithm::Strips,
+        ([2, 2], ..=winograd_strips::MAX_CHANNELS) if multiplies::<T>(isa) => Algorithm::Strips,
         _ => Algorithm::Direct,
     }
 }
 
-impl WinogradFilter {
+/// Whether the machine has an instruction for products of this type; else values are widened first, and products f32.
+pub fn multiplies<T: Float>(isa: Isa) -> bool {
+    T::PER_WORD == 1 || isa.multiplies_pairs()
+}
+
+impl<W: Float> WinogradFilter<W> {
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         let turned = transposed(filter, o, 9 * c);
@@ -88,17 +94,19 @@ impl WinogradFilter {
         let panels = o.div_ceil(width);
         let mut packed = Scratch::take(POSITIONS * panels * c * width);
         if !o.is_multiple_of(width) {
-            packed.fill(0.0);
+            packed.fill(W::default());
         }
         let out = Output::new(&mut packed);
-        (0..c).into_par_iter().for_each(|channel| {
-            let taps = std::array::from_fn(|tap| &filter[start(tap, channel)..][..o]);
-            dispatch(isa, FilterTransform { taps, out: &out, channel, panel: c * width, stride: panels * c * width });
+        assert!(c.is_multiple_of(W::PER_WORD), "channels are whole words");
+        (0..c / W::PER_WORD).into_par_iter().for_each(|word| {
+            let taps = |channel: usize| std::array::from_fn(|tap| &filter[start(tap, channel)..][..o]);
+            let taps = [taps(word * W::PER_WORD), taps((word + 1) * W::PER_WORD - 1)];
+            dispatch(isa, FilterTransform { taps, out: &out, word, panel: c * width, stride: panels * c * width });
         });
         WinogradFilter { isa, panels: packed, c, o }
     }
 
-    fn panel(&self, position: usize, panel: usize) -> &[f32] {
+    fn panel(&self, position: usize, panel: usize) -> &[W] {
         let width = self.isa.tile_columns();
         &self.panels[(position * self.o.div_ceil(width) + panel) * self.c * width..][..self.c * width]
     }
@@ -119,33 +127,48 @@ fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Scratch<f32> {
     out
 }
 
-/// `G g G^T` of the filters from one input channel to all outputs.
-struct FilterTransform<'a> {
-    /// `[3 * 3][o]`
-    taps: [&'a [f32]; 9],
-    out: &'a Output<f32>,
-    channel: usize,
+/// `G g G^T` of the filters from the input channels of a word to all outputs.
+struct FilterTransform<'a, W> {
+    /// `[3 * 3][o]` of the word's first and last channel.
+    taps: [[&'a [f32]; 9]; 2],
+    out: &'a Output<W>,
+    word: usize,
     /// Values of a panel.
     panel: usize,
     /// Values of a position.
     stride: usize,
 }
 
-impl Task for FilterTransform<'_> {
+impl<W: Float> Task for FilterTransform<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (o, width) = (self.taps[0].len(), S::LANES * S::VECTORS);
-        assert!(o.is_multiple_of(S::LANES) && self.taps.iter().all(|tap| tap.len() == o));
+        let (o, width) = (self.taps[0][0].len(), S::LANES * S::VECTORS);
+        assert!(o.is_multiple_of(S::LANES) && self.taps.as_flattened().iter().all(|tap| tap.len() == o));
         for column in (0..o).step_by(S::LANES) {
             // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on.
-            let load = |y: usize, x: usize| unsafe { simd.load(self.taps[y * 3 + x].as_ptr().add(column)) };
-            let at = column / width * self.panel + self.channel * width + column % width;
-            along_both::<FilterAxis, S, 3, IN>(simd, load, |position, value| {
-                // SAFETY: this channel's row of every panel is this task's alone.
-                unsafe { simd.store(self.out.pointer().add(position * self.stride + at), value) };
-            });
+            let load = |channel: usize, tap: usize| unsafe { simd.load(self.taps[channel][tap].as_ptr().add(column)) };
+            let at = column / width * self.panel + (self.word * width + column % width) * W::PER_WORD;
+            let mut last = [simd.splat(0.0); POSITIONS];
+            if W::PER_WORD > 1 {
+                along_both::<FilterAxis<W>, S, 3, IN>(
+                    simd,
+                    |y, x| load(1, y * 3 + x),
+                    |position, value| last[position] = value,
+                );
+            }
+            along_both::<FilterAxis<W>, S, 3, IN>(
+                simd,
+                |y, x| load(0, y * 3 + x),
+                |position, value| {
+                    // SAFETY: this word's row of every panel is this task's alone.
+                    unsafe {
+                        let out = self.out.pointer().add(position * self.stride + at);
+                        W::store_words(simd, out, value, last[position]);
+                    }
+                },
+            );
         }
     }
 }
@@ -185,13 +208,13 @@ impl TileGrid {
     /// # Safety
     /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
     #[inline(always)]
-    pub(super) unsafe fn transform_input<S: Simd, T: Float>(
+    pub(super) unsafe fn transform_input<S: Simd, T: Float, W: Float>(
         &self,
         simd: S,
         x: &[T],
         shape: &ConvShape,
         tile: usize,
-        out: *mut f32,
+        out: *mut W,
         stride: usize,
     ) {
         let ConvShape { h, w, c, .. } = *shape;
@@ -207,14 +230,20 @@ impl TileGrid {
             // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on.
             let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
             // SAFETY: the contract.
-            let store = |position: usize, value| unsafe { simd.store(out.add(position * stride + channel), value) };
-            along_both::<InputAxis, S, IN, IN>(simd, load, store);
+            let store = |position: usize, value| unsafe { W::store(simd, out.add(position * stride + channel), value) };
+            along_both::<InputAxis<W>, S, IN, IN>(simd, load, store);
         }
     }
 }
 
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of stride and padding one.
-pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+pub fn forward<T: Float, W: Float>(
+    x: &[T],
+    filter: &WinogradFilter<W>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) {
     let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
@@ -241,9 +270,9 @@ pub fn forward<T: Float>(x: &[T], filter: &WinogradFilter, shape: &ConvShape, ep
 }
 
 /// Some tiles and some panels of filters.
-struct Block<'a, T> {
+struct Block<'a, T, W> {
     x: &'a [T],
-    filter: &'a WinogradFilter,
+    filter: &'a WinogradFilter<W>,
     shape: &'a ConvShape,
     grid: TileGrid,
     y: &'a Output<T>,
@@ -252,7 +281,7 @@ struct Block<'a, T> {
     panels: Range<usize>,
 }
 
-impl<T: Float> Task for Block<'_, T> {
+impl<T: Float, W: Float> Task for Block<'_, T, W> {
     type Output = ();
 
     #[inline(always)]
@@ -265,13 +294,13 @@ impl<T: Float> Task for Block<'_, T> {
         // Transformed inputs [position][tile][channel], products [position][tile][column of the panel], the latter in whole
         // tiles of the micro-kernel.
         let padded = count.next_multiple_of(TILE_ROWS);
-        let mut inputs = Scratch::<f32>::take(IN * IN * count * c);
+        let mut inputs = Scratch::<W>::take(IN * IN * count * c);
         let mut products = Scratch::<f32>::take(IN * IN * padded * width);
         for (i, tile) in self.tiles.clone().enumerate() {
             // SAFETY: there is room for `count` tiles of `c` channels at each position.
             unsafe {
                 let out = inputs.as_mut_ptr().add(i * c);
-                self.grid.transform_input::<S, T>(simd, self.x, self.shape, tile, out, count * c);
+                self.grid.transform_input::<S, T, W>(simd, self.x, self.shape, tile, out, count * c);
             }
         }
         for panel in self.panels.clone() {
@@ -288,20 +317,20 @@ impl<T: Float> Task for Block<'_, T> {
     }
 }
 
-/// `c = a [rows, depth] b [depth, width]`; `c` holds whole tiles of `width` columns.
+/// `c = a [rows, depth] b [words of the depth, width]`; `c` holds whole tiles of `width` columns.
 #[inline(always)]
-fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut [f32], columns: usize) {
+fn multiply_panel<S: Simd, W: Float>(simd: S, a: &[W], depth: usize, b: &[W], c: &mut [f32], columns: usize) {
     let width = S::LANES * S::VECTORS;
     let rows = a.len() / depth;
     assert!(b.len() >= depth * width && c.len() >= rows.next_multiple_of(TILE_ROWS) * width);
     for start in (0..rows).step_by(TILE_ROWS) {
-        let runs = [std::array::from_fn(|lane| a[(start + lane).min(rows - 1) * depth..][..depth].as_ptr())];
-        let tile = Tile::<f32> {
+        let runs = [std::array::from_fn(|lane| a[(start + lane).min(rows - 1) * depth..][..depth].as_ptr().cast())];
+        let tile = Tile::<W> {
             runs: &runs,
-            words: depth,
+            words: depth / W::PER_WORD,
             first: 0,
             step: 1,
-            b: b.as_ptr(),
+            b: b.as_ptr().cast(),
             c: std::ptr::null_mut(),
             targets: &[0; TILE_ROWS],
             rows: TILE_ROWS.min(rows - start),
@@ -316,7 +345,7 @@ fn multiply_panel<S: Simd>(simd: S, a: &[f32], depth: usize, b: &[f32], c: &mut 
     }
 }
 
-impl<T: Float> Block<'_, T> {
+impl<T: Float, W: Float> Block<'_, T, W> {
     /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
     fn transform_output<S: Simd>(
@@ -338,7 +367,7 @@ impl<T: Float> Block<'_, T> {
             let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            along_both::<OutputAxis, S, IN, OUT>(simd, load, |position, value| {
+            along_both::<OutputAxis<W>, S, IN, OUT>(simd, load, |position, value| {
                 let (i, j) = (position / OUT, position % OUT);
                 if i < rows && j < row_len {
                     // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.

@@ -1,6 +1,12 @@
-//! The transforms of Winograd's algorithm, along one axis and along both.
+//! The transforms of F(4x4, 3x3) along one axis, and along both.
+//!
+//! They are those of `winograd_points.rs` with points zero, plus and minus `a`, plus and minus `b`, and infinity, where `a` and `b`
+//! are [`Float::POINTS`] of the type whose products are taken, and with what normalises them multiplied into the filter. Written
+//! by hand, as opposite points share sums.
 
+use super::float::Float;
 use super::simd::Simd;
+use std::marker::PhantomData;
 
 /// A transform along one axis, from `A` values to `B`. A trait and not a closure: a closure may be compiled on its own, and
 /// then without the instruction set.
@@ -15,7 +21,7 @@ pub(super) trait Axis<const A: usize, const B: usize> {
 pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>(
     simd: S,
     load: impl Fn(usize, usize) -> S::V,
-    store: impl Fn(usize, S::V),
+    mut store: impl FnMut(usize, S::V),
 ) {
     let mut halves = [[simd.splat(0.0); A]; B];
     for j in 0..A {
@@ -31,91 +37,119 @@ pub(super) fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>
     }
 }
 
-/// `G g`: the taps of a filter.
-pub(super) struct FilterAxis;
+/// `x` times a constant.
+#[inline(always)]
+fn times<S: Simd>(s: S, factor: f32, x: S::V) -> S::V {
+    if factor == 1.0 { x } else { s.mul_add(s.splat(factor), x, s.splat(0.0)) }
+}
 
-impl Axis<3, 6> for FilterAxis {
+/// `x` times a constant, and `y`.
+#[inline(always)]
+fn plus<S: Simd>(s: S, factor: f32, x: S::V, y: S::V) -> S::V {
+    match factor {
+        1.0 => s.add(y, x),
+        -1.0 => s.sub(y, x),
+        _ => s.mul_add(s.splat(factor), x, y),
+    }
+}
+
+/// The product of a point and its distances from the other finite ones: of zero, `a` and `b`. Of `-a` and `-b` it is the same.
+const fn normalisers([a, b]: [f32; 2]) -> [f32; 3] {
+    [a * a * b * b, 2.0 * a * a * (a * a - b * b), 2.0 * b * b * (b * b - a * a)]
+}
+
+/// `G g`: the taps of a filter.
+pub(super) struct FilterAxis<W>(PhantomData<W>);
+
+impl<W: Float> Axis<3, 6> for FilterAxis<W> {
     #[inline(always)]
-    fn apply<S: Simd>(s: S, [a, b, c]: [S::V; 3]) -> [S::V; 6] {
-        let zero = s.splat(0.0);
-        let times = |factor: f32, v: S::V| s.mul_add(s.splat(factor), v, zero);
-        let (even, odd) = (times(-1.0 / 6.0, s.add(a, c)), times(1.0 / 6.0, b));
-        let wide_even = s.mul_add(s.splat(1.0 / 6.0), c, times(1.0 / 24.0, a));
-        let wide_odd = times(1.0 / 12.0, b);
-        [times(0.25, a), s.sub(even, odd), s.add(even, odd), s.add(wide_even, wide_odd), s.sub(wide_even, wide_odd), c]
+    fn apply<S: Simd>(s: S, [g0, g1, g2]: [S::V; 3]) -> [S::V; 6] {
+        let ([a, b], [zero, near, far]) = const { (W::POINTS, normalisers(W::POINTS)) };
+        let (even, odd) = (plus(s, a * a / near, g2, times(s, 1.0 / near, g0)), times(s, a / near, g1));
+        let (far_even, far_odd) = (plus(s, b * b / far, g2, times(s, 1.0 / far, g0)), times(s, b / far, g1));
+        [
+            times(s, 1.0 / zero, g0),
+            s.add(even, odd),
+            s.sub(even, odd),
+            s.add(far_even, far_odd),
+            s.sub(far_even, far_odd),
+            g2,
+        ]
     }
 }
 
 /// `B^T d`: inputs.
-pub(super) struct InputAxis;
+pub(super) struct InputAxis<W>(PhantomData<W>);
 
-impl Axis<6, 6> for InputAxis {
+impl<W: Float> Axis<6, 6> for InputAxis<W> {
     #[inline(always)]
     fn apply<S: Simd>(s: S, [d0, d1, d2, d3, d4, d5]: [S::V; 6]) -> [S::V; 6] {
-        let [plus_two, minus_two, plus_four, minus_four, minus_five] = [2.0, -2.0, 4.0, -4.0, -5.0].map(|x| s.splat(x));
-        let even = s.mul_add(minus_four, d2, d4);
-        let odd = s.mul_add(minus_four, d1, d3);
-        let step = s.sub(d4, d2);
-        let slope = s.sub(d3, d1);
+        let [a, b] = W::POINTS;
+        let (product, sum) = (a * a * b * b, a * a + b * b);
+        let (even, odd) = (plus(s, -b * b, d2, d4), plus(s, -b * b, d1, d3));
+        let (far_even, far_odd) = (plus(s, -a * a, d2, d4), plus(s, -a * a, d1, d3));
         [
-            s.mul_add(plus_four, d0, s.mul_add(minus_five, d2, d4)),
-            s.add(even, odd),
-            s.sub(even, odd),
-            s.mul_add(plus_two, slope, step),
-            s.mul_add(minus_two, slope, step),
-            s.mul_add(plus_four, d1, s.mul_add(minus_five, d3, d5)),
+            plus(s, product, d0, plus(s, -sum, d2, d4)),
+            plus(s, a, odd, even),
+            plus(s, -a, odd, even),
+            plus(s, b, far_odd, far_even),
+            plus(s, -b, far_odd, far_even),
+            plus(s, product, d1, plus(s, -sum, d3, d5)),
         ]
     }
 }
 
 /// `A^T m`: sums of products to outputs.
-pub(super) struct OutputAxis;
+pub(super) struct OutputAxis<W>(PhantomData<W>);
 
-impl Axis<6, 4> for OutputAxis {
+impl<W: Float> Axis<6, 4> for OutputAxis<W> {
     #[inline(always)]
     fn apply<S: Simd>(s: S, [m0, m1, m2, m3, m4, m5]: [S::V; 6]) -> [S::V; 4] {
+        let [a, b] = W::POINTS;
         let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
         let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        let [two, four, eight] = [2.0, 4.0, 8.0].map(|x| s.splat(x));
         [
             s.add(s.add(m0, near), far),
-            s.mul_add(two, far_odd, near_odd),
-            s.mul_add(four, far, near),
-            s.add(s.mul_add(eight, far_odd, near_odd), m5),
+            plus(s, b, far_odd, times(s, a, near_odd)),
+            plus(s, b * b, far, times(s, a * a, near)),
+            s.add(plus(s, b * b * b, far_odd, times(s, a * a * a, near_odd)), m5),
         ]
     }
 }
 
 /// `A g`, the transpose of [`OutputAxis`]: gradients of outputs.
-pub(super) struct GradientAxis;
+pub(super) struct GradientAxis<W>(PhantomData<W>);
 
-impl Axis<4, 6> for GradientAxis {
+impl<W: Float> Axis<4, 6> for GradientAxis<W> {
     #[inline(always)]
     fn apply<S: Simd>(s: S, [g0, g1, g2, g3]: [S::V; 4]) -> [S::V; 6] {
-        let [two, four] = [2.0, 4.0].map(|x| s.splat(x));
-        let (even, odd) = (s.add(g0, g2), s.add(g1, g3));
-        let far_even = s.mul_add(four, g2, g0);
-        let half_odd = s.mul_add(four, g3, g1);
-        let far_odd = s.mul_add(two, half_odd, s.splat(0.0));
-        [g0, s.add(even, odd), s.sub(even, odd), s.add(far_even, far_odd), s.sub(far_even, far_odd), g3]
+        let [a, b] = W::POINTS;
+        let (even, odd) = (plus(s, a * a, g2, g0), plus(s, a * a, g3, g1));
+        let (far_even, far_odd) = (plus(s, b * b, g2, g0), plus(s, b * b, g3, g1));
+        [
+            g0,
+            plus(s, a, odd, even),
+            plus(s, -a, odd, even),
+            plus(s, b, far_odd, far_even),
+            plus(s, -b, far_odd, far_even),
+            g3,
+        ]
     }
 }
 
 /// `G^T m`, the transpose of [`FilterAxis`]: sums of products to the gradient of a filter.
-pub(super) struct FilterGradientAxis;
+pub(super) struct FilterGradientAxis<W>(PhantomData<W>);
 
-impl Axis<6, 3> for FilterGradientAxis {
+impl<W: Float> Axis<6, 3> for FilterGradientAxis<W> {
     #[inline(always)]
     fn apply<S: Simd>(s: S, [m0, m1, m2, m3, m4, m5]: [S::V; 6]) -> [S::V; 3] {
-        let [quarter, sixth, minus_sixth, twelfth, twenty_fourth] =
-            [1.0 / 4.0, 1.0 / 6.0, -1.0 / 6.0, 1.0 / 12.0, 1.0 / 24.0].map(|x| s.splat(x));
-        let (near, near_odd) = (s.add(m1, m2), s.sub(m2, m1));
-        let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        let shared = s.mul_add(minus_sixth, near, s.splat(0.0));
+        let ([a, b], [zero, near, far]) = const { (W::POINTS, normalisers(W::POINTS)) };
+        let (even, odd) = (s.add(m1, m2), s.sub(m1, m2));
+        let (far_even, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
         [
-            s.mul_add(quarter, m0, s.mul_add(twenty_fourth, far, shared)),
-            s.mul_add(twelfth, far_odd, s.mul_add(sixth, near_odd, s.splat(0.0))),
-            s.add(m5, s.mul_add(sixth, far, shared)),
+            plus(s, 1.0 / zero, m0, plus(s, 1.0 / near, even, times(s, 1.0 / far, far_even))),
+            plus(s, a / near, odd, times(s, b / far, far_odd)),
+            s.add(m5, plus(s, a * a / near, even, times(s, b * b / far, far_even))),
         ]
     }
 }

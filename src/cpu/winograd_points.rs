@@ -28,8 +28,8 @@ pub(super) struct Axis {
     pub stride: usize,
 }
 
-/// The points in the order in which tiles take them, but for infinity, which is the second.
-const FINITE: [f32; 6] = [0.0, 1.0, -1.0, 2.0, -2.0, 0.5];
+/// Which points, in pairs of opposite ones: a near and a far pair. The others are zero, infinity and, where there are seven, a half.
+pub(super) type Pairs = [f32; 2];
 
 /// Taps of a phase.
 const fn phase_taps(axis: Axis, phase: usize) -> usize {
@@ -81,22 +81,26 @@ pub(super) const fn inputs(axis: Axis, m: usize) -> usize {
     axis.stride * (m - 1) + axis.taps
 }
 
-/// Point number `k`, or none for infinity.
-const fn point(k: usize) -> Option<f32> {
+/// Point number `k` in the order in which tiles take them, or none for infinity.
+const fn point([near, far]: Pairs, k: usize) -> Option<f32> {
     match k {
-        0 => Some(FINITE[0]),
+        0 => Some(0.0),
         1 => None,
-        _ => Some(FINITE[k - 1]),
+        2 => Some(near),
+        3 => Some(-near),
+        4 => Some(far),
+        5 => Some(-far),
+        _ => Some(0.5),
     }
 }
 
 /// The product of `point k - b` over the other finite points `b` of the first `count`; 1 for infinity.
-const fn normaliser(k: usize, count: usize) -> f32 {
-    let Some(a) = point(k) else { return 1.0 };
+const fn normaliser(pairs: Pairs, k: usize, count: usize) -> f32 {
+    let Some(a) = point(pairs, k) else { return 1.0 };
     let (mut product, mut other) = (1.0, 0);
     while other < count {
         if other != k
-            && let Some(b) = point(other)
+            && let Some(b) = point(pairs, other)
         {
             product *= a - b;
         }
@@ -106,8 +110,8 @@ const fn normaliser(k: usize, count: usize) -> f32 {
 }
 
 /// Powers 0, 1, ... of point `k`; of infinity, 1 for the last and 0 for the others.
-const fn power(k: usize, exponent: usize, count: usize) -> f32 {
-    let Some(a) = point(k) else { return if exponent + 1 == count { 1.0 } else { 0.0 } };
+const fn power(pairs: Pairs, k: usize, exponent: usize, count: usize) -> f32 {
+    let Some(a) = point(pairs, k) else { return if exponent + 1 == count { 1.0 } else { 0.0 } };
     let (mut power, mut i) = (1.0, 0);
     while i < exponent {
         power *= a;
@@ -117,7 +121,7 @@ const fn power(k: usize, exponent: usize, count: usize) -> f32 {
 }
 
 /// `G`: what each of the first `N` slots takes of the taps.
-pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis) -> [[f32; TAPS]; N] {
+pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis, pairs: Pairs) -> [[f32; TAPS]; N] {
     let mut matrix = [[0.0; TAPS]; N];
     let mut slot = 0;
     while slot < N {
@@ -125,7 +129,7 @@ pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis)
         let taps = phase_taps(axis, phase);
         let mut tap = 0;
         while tap < taps {
-            matrix[slot][axis.stride * tap + phase] = power(k, tap, taps);
+            matrix[slot][axis.stride * tap + phase] = power(pairs, k, tap, taps);
             tap += 1;
         }
         slot += 1;
@@ -134,7 +138,7 @@ pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis)
 }
 
 /// `B^T` of a tile of `m` outputs: what each slot takes of the inputs, `N` of either at least.
-pub(super) const fn input_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; N] {
+pub(super) const fn input_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: usize) -> [[f32; N]; N] {
     let mut matrix = [[0.0; N]; N];
     let mut slot = 0;
     while slot < slots(axis) {
@@ -144,11 +148,11 @@ pub(super) const fn input_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32;
         if k < count {
             // The polynomial that is zero at the other finite points and one at this.
             let mut polynomial = [0.0; N];
-            polynomial[0] = 1.0 / normaliser(k, count);
+            polynomial[0] = 1.0 / normaliser(pairs, k, count);
             let (mut degree, mut other) = (0, 0);
             while other < count {
                 if other != k
-                    && let Some(b) = point(other)
+                    && let Some(b) = point(pairs, other)
                 {
                     degree += 1;
                     let mut i = degree;
@@ -172,13 +176,13 @@ pub(super) const fn input_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32;
 }
 
 /// `A^T` of a tile of `m` outputs: what each output takes of the positions, `N` at least.
-pub(super) const fn output_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; OUTPUTS] {
+pub(super) const fn output_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: usize) -> [[f32; N]; OUTPUTS] {
     let mut matrix = [[0.0; N]; OUTPUTS];
     let mut output = 0;
     while output < m {
         let mut k = 0;
         while k < positions(axis, m) {
-            matrix[output][k] = power(k, output, m);
+            matrix[output][k] = power(pairs, k, output, m);
             k += 1;
         }
         output += 1;
@@ -189,22 +193,24 @@ pub(super) const fn output_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::Float;
+    use half::bf16;
 
     /// Every tile against the sum it stands for.
-    fn check<const TAPS: usize, const SLOTS: usize>(stride: usize) {
+    fn check<const TAPS: usize, const SLOTS: usize>(stride: usize, pairs: Pairs) {
         let axis = Axis { taps: TAPS, stride };
         assert_eq!(slots(axis), SLOTS);
         let values: Vec<f32> = (0..SLOTS + TAPS).map(|i| ((i * 37 + 11) % 23) as f32 / 11.0 - 1.0).collect();
         let taps: [f32; TAPS] = std::array::from_fn(|i| ((i * 29 + 5) % 17) as f32 / 8.0 - 1.0);
         for m in 1..=OUTPUTS {
-            let (filter, input) = (filter_matrix::<SLOTS, TAPS>(axis), input_matrix::<SLOTS>(axis, m));
+            let (filter, input) = (filter_matrix::<SLOTS, TAPS>(axis, pairs), input_matrix::<SLOTS>(axis, pairs, m));
             let mut sums = [0.0f32; SLOTS];
             for slot in 0..SLOTS {
                 let dot = |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
                 assert!(has_slot(axis, m, slot) || input[slot] == [0.0; SLOTS]);
                 sums[position_of(axis, slot)] += dot(&filter[slot], &taps) * dot(&input[slot], &values);
             }
-            for (i, row) in output_matrix::<SLOTS>(axis, m).iter().enumerate().take(m) {
+            for (i, row) in output_matrix::<SLOTS>(axis, pairs, m).iter().enumerate().take(m) {
                 let got: f32 = row.iter().zip(&sums).map(|(a, b)| a * b).sum();
                 let want: f32 = taps.iter().zip(&values[stride * i..]).map(|(a, b)| a * b).sum();
                 let what = format!("{TAPS} taps, stride {stride}, {m} outputs, output {i}");
@@ -215,9 +221,11 @@ mod tests {
 
     #[test]
     fn every_tile_is_a_convolution() {
-        check::<3, 6>(1);
-        check::<3, 9>(2);
-        check::<7, 13>(2);
+        for pairs in [f32::POINTS, bf16::POINTS] {
+            check::<3, 6>(1, pairs);
+            check::<3, 9>(2, pairs);
+            check::<7, 13>(2, pairs);
+        }
     }
 
     #[test]

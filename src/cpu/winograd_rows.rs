@@ -58,7 +58,7 @@ impl RowFilter {
     pub fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Self {
         let ConvShape { c, o, kh, .. } = *shape;
         assert_eq!(filter.len(), o * kh * TAPS * c);
-        let matrix = const { filter_matrix::<SLOTS, TAPS>(AXIS) };
+        let matrix = const { filter_matrix::<SLOTS, TAPS>(AXIS, f32::POINTS) };
         let (width, depth) = (isa.tile_columns(), depth_before(POSITIONS, kh, c));
         let mut panels = Scratch::<f32>::take(o.div_ceil(width) * depth * width);
         panels.fill(0.0);
@@ -99,7 +99,7 @@ pub fn forward<T: Float>(x: &[T], filter: &RowFilter, shape: &ConvShape, epilogu
 
 /// What the positions of both phases take of each input.
 static INPUT_MATRIX: [[f32; PHASES * ROOM]; INPUTS] = {
-    let matrix = input_matrix::<INPUTS>(AXIS, OUTPUTS);
+    let matrix = input_matrix::<INPUTS>(AXIS, f32::POINTS, OUTPUTS);
     let mut out = [[0.0; PHASES * ROOM]; INPUTS];
     let mut slot = 0;
     while slot < SLOTS {

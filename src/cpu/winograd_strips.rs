@@ -25,25 +25,25 @@ const STRIP: usize = 64;
 const PART: usize = 96;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
 const TRANSFORMED: usize = 5 << 20;
-/// Input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass, and those
-/// of all positions in L2.
+/// Input channels whose filters are transformed together, in words: their filters at a position stay in L1 while the tiles pass,
+/// and those of all positions in L2.
 const CHANNELS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
-/// f32 in a cache line.
-const LINE: usize = 16;
+const LINE_BYTES: usize = 64;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
 
-/// Filters in the order in which they are transformed: `[strip][input channel][tap][STRIP]`, zero-padded.
-pub struct StripFilter {
+/// Filters in the order in which they are transformed: `[strip][input channel][tap][STRIP]`, zero-padded. `W` is the type whose
+/// products are taken.
+pub struct StripFilter<W> {
     isa: Isa,
-    taps: Scratch<f32>,
+    taps: Scratch<W>,
     c: usize,
     o: usize,
 }
 
-impl StripFilter {
+impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         Self::pack(isa, filter, c, o, |channels, columns, out| {
@@ -51,7 +51,7 @@ impl StripFilter {
                 for tap in 0..TAPS * TAPS {
                     let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
                     let out = out[tap * STRIP + i..].iter_mut().step_by(TAPS * TAPS * STRIP);
-                    out.zip(values).for_each(|(out, &value)| *out = value);
+                    out.zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
                 }
             }
         })
@@ -64,7 +64,8 @@ impl StripFilter {
             for (channel, out) in channels.zip(out.chunks_exact_mut(TAPS * TAPS * STRIP)) {
                 for (tap, out) in out.chunks_exact_mut(STRIP).enumerate() {
                     let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
-                    out[..columns.len()].copy_from_slice(&filter[start..][columns.clone()]);
+                    let values = &filter[start..][columns.clone()];
+                    out.iter_mut().zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
                 }
             }
         })
@@ -76,7 +77,7 @@ impl StripFilter {
         filter: &[f32],
         c: usize,
         o: usize,
-        copy: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+        copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
     ) -> Self {
         // What is written together stays in L1.
         const CHANNELS: usize = 8;
@@ -85,7 +86,7 @@ impl StripFilter {
         taps.par_chunks_exact_mut(c * TAPS * TAPS * STRIP).enumerate().for_each(|(strip, out)| {
             let columns = strip * STRIP..o.min((strip + 1) * STRIP);
             if columns.len() < STRIP {
-                out.fill(0.0);
+                out.fill(W::default());
             }
             for (i, out) in out.chunks_mut(CHANNELS * TAPS * TAPS * STRIP).enumerate() {
                 copy(i * CHANNELS..c.min((i + 1) * CHANNELS), columns.clone(), out);
@@ -96,7 +97,13 @@ impl StripFilter {
 }
 
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride one or two.
-pub fn forward<T: Float>(x: &[T], filter: &StripFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+pub fn forward<T: Float, W: Float>(
+    x: &[T],
+    filter: &StripFilter<W>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) {
     let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
@@ -104,15 +111,15 @@ pub fn forward<T: Float>(x: &[T], filter: &StripFilter, shape: &ConvShape, epilo
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
     match shape.stride {
-        [1, 1] => forward_strided::<T, 1>(x, filter, shape, epilogue, y),
-        [2, 2] => forward_strided::<T, 2>(x, filter, shape, epilogue, y),
+        [1, 1] => forward_strided::<T, W, 1>(x, filter, shape, epilogue, y),
+        [2, 2] => forward_strided::<T, W, 2>(x, filter, shape, epilogue, y),
         stride => panic!("strides {stride:?} have no tiles"),
     }
 }
 
-fn forward_strided<T: Float, const STRIDE: usize>(
+fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     x: &[T],
-    filter: &StripFilter,
+    filter: &StripFilter<W>,
     shape: &ConvShape,
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -120,14 +127,14 @@ fn forward_strided<T: Float, const STRIDE: usize>(
     let values_of_tile = slots(axis(STRIDE)).pow(2) * shape.c;
     let values_of = |part: &Part| slots(axis(STRIDE)).pow(2) * part.slot_len(shape.c);
     let tiles = shape.output().map(|extent| extent.div_ceil(OUTPUTS)).iter().product::<usize>() * shape.n;
-    let groups = (tiles * values_of_tile * size_of::<f32>()).div_ceil(TRANSFORMED);
+    let groups = (tiles * values_of_tile * size_of::<W>()).div_ceil(TRANSFORMED);
     let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
     let parts = Part::all(shape, groups * parts_of_group);
     let strips = shape.o.div_ceil(STRIP);
     let out = Output::new(y);
     for parts in parts.chunks(parts_of_group.max(1)) {
-        let mut inputs: Vec<Scratch<f32>> = parts.iter().map(|part| Scratch::take(values_of(part))).collect();
-        let pieces: Vec<(&Part, Range<usize>, Output<f32>)> = parts
+        let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(values_of(part))).collect();
+        let pieces: Vec<(&Part, Range<usize>, Output<W>)> = parts
             .iter()
             .zip(&mut inputs)
             .flat_map(|(part, inputs)| {
@@ -137,26 +144,26 @@ fn forward_strided<T: Float, const STRIDE: usize>(
             })
             .collect();
         pieces.par_iter().for_each(|(part, tiles, inputs)| {
-            dispatch(filter.isa, Inputs::<T, STRIDE> { x, shape, part, tiles: tiles.clone(), inputs });
+            dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tiles.clone(), inputs });
         });
         (0..parts.len() * strips).into_par_iter().for_each(|task| {
             let (part, strip) = (task / strips, task % strips);
             let (part, inputs) = (&parts[part], &inputs[part]);
-            dispatch(filter.isa, Strip::<T, STRIDE> { part, inputs, filter, strip, shape, epilogue, y: &out });
+            dispatch(filter.isa, Strip::<T, W, STRIDE> { part, inputs, filter, strip, shape, epilogue, y: &out });
         });
     }
 }
 
 /// `B^T d B` of some tiles of a part, to `inputs[slot down][slot across][tile][channel]`.
-struct Inputs<'a, T, const STRIDE: usize> {
+struct Inputs<'a, T, W, const STRIDE: usize> {
     x: &'a [T],
     shape: &'a ConvShape,
     part: &'a Part,
     tiles: Range<usize>,
-    inputs: &'a Output<f32>,
+    inputs: &'a Output<W>,
 }
 
-impl<T: Float, const STRIDE: usize> Task for Inputs<'_, T, STRIDE> {
+impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> {
     type Output = ();
 
     #[inline(always)]
@@ -172,7 +179,7 @@ impl<T: Float, const STRIDE: usize> Task for Inputs<'_, T, STRIDE> {
     }
 }
 
-impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
+impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
     /// Along the columns of a tile of `M` outputs down, to the room.
     #[inline(always)]
     fn transform_columns<S: Simd, const M: usize>(
@@ -197,7 +204,7 @@ impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
             let room = room.at::<S>(0, j);
             // SAFETY: vectors `[slot, j]` of the room.
             let store = |slot: usize, value| unsafe { simd.store(room.add(slot * MAX * S::LANES), value) };
-            transform_input::<S, STRIDE, M>(simd, load, store);
+            transform_input::<S, W, STRIDE, M>(simd, load, store);
         }
     }
 
@@ -219,26 +226,26 @@ impl<T: Float, const STRIDE: usize> Inputs<'_, T, STRIDE> {
             let store = |slot: usize, value| {
                 let at = (row * slots(axis(STRIDE)) + slot) * slot_len + tile * c + channel;
                 // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
-                unsafe { simd.store(self.inputs.pointer().add(at), value) };
+                unsafe { W::store(simd, self.inputs.pointer().add(at), value) };
             };
-            transform_input::<S, STRIDE, M>(simd, load, store);
+            transform_input::<S, W, STRIDE, M>(simd, load, store);
         }
     }
 }
 
 /// The outputs of a strip of channels in all tiles of a part.
-struct Strip<'a, T, const STRIDE: usize> {
+struct Strip<'a, T, W, const STRIDE: usize> {
     part: &'a Part,
     /// `[slot down][slot across][tile][channel]`
-    inputs: &'a [f32],
-    filter: &'a StripFilter,
+    inputs: &'a [W],
+    filter: &'a StripFilter<W>,
     strip: usize,
     shape: &'a ConvShape,
     epilogue: Epilogue<'a, T>,
     y: &'a Output<T>,
 }
 
-impl<T: Float, const STRIDE: usize> Task for Strip<'_, T, STRIDE> {
+impl<T: Float, W: Float, const STRIDE: usize> Task for Strip<'_, T, W, STRIDE> {
     type Output = ();
 
     #[inline(always)]
@@ -251,9 +258,10 @@ impl<T: Float, const STRIDE: usize> Task for Strip<'_, T, STRIDE> {
         // [position down][position across][panel][tile][column], tiles that have the position alone.
         let mut sums = Scratch::<f32>::take(across * across * position_len);
         let c = self.shape.c;
-        let mut filters = Scratch::<f32>::take(VALUES * VALUES * spread(panels * CHANNELS.min(c) * width));
-        for start in (0..c).step_by(CHANNELS) {
-            let channels = start..c.min(start + CHANNELS);
+        let together = CHANNELS * W::PER_WORD;
+        let mut filters = Scratch::<W>::take(VALUES * VALUES * spread(panels * together.min(c) * width));
+        for start in (0..c).step_by(together) {
+            let channels = start..c.min(start + together);
             self.transform_filters(simd, channels.clone(), panels, &mut filters);
             for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
                 let position = [position / across, position % across];
@@ -284,10 +292,10 @@ struct Sums<'a> {
     column: usize,
 }
 
-impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
-    /// `G g G^T` of the filters of some channels: `[value down][value across][panel][channel][column]`.
+impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
+    /// `G g G^T` of the filters of some channels: `[value down][value across][panel][word of channels][column]`.
     #[inline(always)]
-    fn transform_filters<S: Simd>(&self, simd: S, channels: Range<usize>, panels: usize, filters: &mut [f32]) {
+    fn transform_filters<S: Simd>(&self, simd: S, channels: Range<usize>, panels: usize, filters: &mut [W]) {
         const TAPS_OF_CHANNEL: usize = TAPS * TAPS * STRIP;
         let width = S::LANES * S::VECTORS;
         let panel = channels.len() * width;
@@ -295,25 +303,24 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         let first = (self.strip * self.shape.c + channels.start) * TAPS_OF_CHANNEL;
         let taps = &self.filter.taps[first..][..channels.len() * TAPS_OF_CHANNEL];
         assert!(filters.len() >= VALUES * VALUES * value_len && panels * width <= STRIP);
-        for (channel, taps) in taps.chunks_exact(TAPS_OF_CHANNEL).enumerate() {
+        let line = LINE_BYTES / size_of::<W>();
+        for (word, taps) in taps.chunks_exact(TAPS_OF_CHANNEL * W::PER_WORD).enumerate() {
             // The channels after these come next, or those of the next strip.
             let ahead = taps.as_ptr().wrapping_add(channels.len() * TAPS_OF_CHANNEL);
-            (0..TAPS_OF_CHANNEL).step_by(LINE).for_each(|line| simd.prefetch(ahead.wrapping_add(line)));
+            (0..taps.len()).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
             for column in (0..panels * width).step_by(S::LANES) {
-                let at = column / width * panel + channel * width + column % width;
-                // SAFETY: a vector of the strip's columns at each tap.
-                let load = |tap: usize| unsafe { simd.load(taps.as_ptr().add(tap * STRIP + column)) };
-                let left = filter_values::<S, STRIDE>(simd, [load(0), load(3), load(6)]);
-                let middle = filter_values::<S, STRIDE>(simd, [load(1), load(4), load(7)]);
-                let right = filter_values::<S, STRIDE>(simd, [load(2), load(5), load(8)]);
-                unrolled!(DOWN => {
-                    if DOWN < VALUES {
-                        let row = filter_values::<S, STRIDE>(simd, [left[DOWN % VALUES], middle[DOWN % VALUES], right[DOWN % VALUES]]);
-                        for (across, vector) in row.iter().enumerate() {
-                            let value = (DOWN * VALUES + across) * value_len;
-                            // SAFETY: a vector of a channel's row within the value's panel, as asserted.
-                            unsafe { simd.store(filters.as_mut_ptr().add(value + at), *vector) };
-                        }
+                let at = column / width * panel + (word * width + column % width) * W::PER_WORD;
+                // SAFETY: a vector of the strip's columns at each tap of each channel of the word.
+                let load = |tap: usize| unsafe { W::load(simd, taps.as_ptr().add(tap * STRIP + column)) };
+                let mut last = [simd.splat(0.0); VALUES * VALUES];
+                if W::PER_WORD > 1 {
+                    let load = |tap: usize| load(TAPS * TAPS + tap);
+                    transform_filter::<S, W, STRIDE>(simd, load, |value, vector| last[value] = vector);
+                }
+                transform_filter::<S, W, STRIDE>(simd, load, |value, vector| {
+                    // SAFETY: a vector of words of a row within the value's panel, as asserted.
+                    unsafe {
+                        W::store_words(simd, filters.as_mut_ptr().add(value * value_len + at), vector, last[value]);
                     }
                 });
             }
@@ -327,11 +334,12 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
         simd: S,
         [i, j]: [usize; 2],
         channels: Range<usize>,
-        filters: &[f32],
+        filters: &[W],
         columns: usize,
         sums: &mut [f32],
     ) {
         let (c, depth, width) = (self.shape.c, channels.len(), S::LANES * S::VECTORS);
+        let words = depth / W::PER_WORD;
         let panels = columns.div_ceil(width);
         // The tiles that have the position, with their class.
         let tiles: Vec<[usize; 2]> =
@@ -354,16 +362,16 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
                     let runs: [*const f32; TILE_ROWS] = std::array::from_fn(|lane| {
                         let [class, tile] = tiles[(start + lane).min(tiles.len() - 1)];
                         match starts[class] {
-                            Some(start) => self.inputs[start + tile * c..][..depth].as_ptr(),
-                            None => ZEROS[..depth].as_ptr(),
+                            Some(start) => self.inputs[start + tile * c..][..depth].as_ptr().cast(),
+                            None => ZEROS[..words].as_ptr(),
                         }
                     });
-                    let tile = Tile::<f32> {
+                    let tile = Tile::<W> {
                         runs: &[runs],
-                        words: depth,
+                        words,
                         first: 0,
                         step: 1,
-                        b: b.as_ptr(),
+                        b: b.as_ptr().cast(),
                         c: std::ptr::null_mut(),
                         targets: &[0; TILE_ROWS],
                         rows: TILE_ROWS.min(tiles.len() - start),
@@ -405,7 +413,7 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
             let room = room.at::<S>(0, j);
             // SAFETY: vectors `[output, j]` of the room.
             let store = |output: usize, value| unsafe { simd.store(room.add(output * MAX * S::LANES), value) };
-            transform_output::<S, STRIDE, M>(simd, load, store);
+            transform_output::<S, W, STRIDE, M>(simd, load, store);
         }
     }
 
@@ -431,7 +439,7 @@ impl<T: Float, const STRIDE: usize> Strip<'_, T, STRIDE> {
             // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
             let store =
                 |j: usize, sum| unsafe { self.epilogue.store(simd, sum, bias, self.y.pointer(), first + j * o) };
-            transform_output::<S, STRIDE, M>(simd, load, store);
+            transform_output::<S, W, STRIDE, M>(simd, load, store);
         }
     }
 }

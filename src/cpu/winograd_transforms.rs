@@ -1,5 +1,6 @@
 //! The transforms of 3x3 filters with a stride of one or two, along an axis, for tiles of any number of outputs.
 
+use super::float::Float;
 use super::simd::Simd;
 use super::winograd_points::*;
 use std::mem::MaybeUninit;
@@ -34,8 +35,6 @@ macro_rules! unrolled {
     };
 }
 
-pub(super) use unrolled;
-
 /// Sum of the values times a row of a matrix that is known when this is compiled.
 #[inline(always)]
 fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N]) -> S::V {
@@ -55,14 +54,36 @@ fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N])
 
 /// `G g` along an axis: the values of a filter at the points.
 #[inline(always)]
-pub(super) fn filter_values<S: Simd, const STRIDE: usize>(simd: S, [a, b, c]: [S::V; TAPS]) -> [S::V; VALUES] {
-    let two = simd.splat(2.0);
+fn filter_values<S: Simd, W: Float, const STRIDE: usize>(simd: S, [a, b, c]: [S::V; TAPS]) -> [S::V; VALUES] {
+    let [near, far] = W::POINTS;
+    let times = |factor: f32, x: S::V, y: S::V| simd.mul_add(simd.splat(factor), x, y);
     if STRIDE == 1 {
-        let (near, far) = (simd.add(a, c), simd.mul_add(simd.splat(4.0), c, a));
-        let (plus, minus) = (simd.mul_add(two, b, far), simd.mul_add(simd.splat(-2.0), b, far));
-        return [a, c, simd.add(near, b), simd.sub(near, b), plus, minus];
+        let (near_even, far_even) = (times(near * near, c, a), times(far * far, c, a));
+        let (near_plus, near_minus) = (times(near, b, near_even), times(-near, b, near_even));
+        return [a, c, near_plus, near_minus, times(far, b, far_even), times(-far, b, far_even)];
     }
-    [a, c, simd.add(a, c), simd.sub(a, c), simd.mul_add(two, c, a), b]
+    [a, c, times(near, c, a), times(-near, c, a), times(far, c, a), b]
+}
+
+/// `G g G^T` of a vector of filters, whose taps `load` gives: value `[i, j]` to `store(i * VALUES + j, ..)`.
+#[inline(always)]
+pub(super) fn transform_filter<S: Simd, W: Float, const STRIDE: usize>(
+    simd: S,
+    load: impl Fn(usize) -> S::V,
+    mut store: impl FnMut(usize, S::V),
+) {
+    let left = filter_values::<S, W, STRIDE>(simd, [load(0), load(3), load(6)]);
+    let middle = filter_values::<S, W, STRIDE>(simd, [load(1), load(4), load(7)]);
+    let right = filter_values::<S, W, STRIDE>(simd, [load(2), load(5), load(8)]);
+    unrolled!(DOWN => {
+        if DOWN < VALUES {
+            let taps = [left[DOWN % VALUES], middle[DOWN % VALUES], right[DOWN % VALUES]];
+            let row = filter_values::<S, W, STRIDE>(simd, taps);
+            for (across, vector) in row.iter().enumerate() {
+                store(DOWN * VALUES + across, *vector);
+            }
+        }
+    });
 }
 
 /// Runs `$body` with `$M` the constant that `$m` is.
@@ -93,7 +114,7 @@ pub(super) use with_outputs;
 
 /// `B^T d` along an axis of a tile of `M` outputs.
 #[inline(always)]
-pub(super) fn transform_input<S: Simd, const STRIDE: usize, const M: usize>(
+pub(super) fn transform_input<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
     simd: S,
     load: impl Fn(usize) -> S::V,
     store: impl Fn(usize, S::V),
@@ -106,14 +127,14 @@ pub(super) fn transform_input<S: Simd, const STRIDE: usize, const M: usize>(
     });
     unrolled!(SLOT => {
         if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
-            store(SLOT, combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), M)[SLOT] }, &values));
+            store(SLOT, combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), W::POINTS, M)[SLOT] }, &values));
         }
     });
 }
 
 /// `A^T m` along an axis of a tile of `M` outputs.
 #[inline(always)]
-pub(super) fn transform_output<S: Simd, const STRIDE: usize, const M: usize>(
+pub(super) fn transform_output<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
     simd: S,
     load: impl Fn(usize) -> S::V,
     store: impl Fn(usize, S::V),
@@ -126,7 +147,7 @@ pub(super) fn transform_output<S: Simd, const STRIDE: usize, const M: usize>(
     });
     unrolled!(I => {
         if I < M {
-            store(I, combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), M) }[I % OUTPUTS], &values));
+            store(I, combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), W::POINTS, M) }[I % OUTPUTS], &values));
         }
     });
 }

@@ -107,7 +107,7 @@ impl<T: Float> Task for Transform<'_, T> {
             // SAFETY: `at` is one of the `count` tiles there is room for, and this task's alone.
             unsafe {
                 let out = self.inputs.pointer().add(at * c);
-                self.grid.transform_input::<S, T>(simd, self.x, self.shape, tile, out, self.count * c);
+                self.grid.transform_input::<S, T, f32>(simd, self.x, self.shape, tile, out, self.count * c);
                 self.transform_gradient(simd, tile, self.gradients.pointer().add(at * o), self.count * o);
             }
         }
@@ -134,7 +134,7 @@ impl<T: Float> Transform<'_, T> {
             let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
             // SAFETY: the contract.
             let store = |position: usize, value| unsafe { simd.store(out.add(position * stride + channel), value) };
-            along_both::<GradientAxis, S, OUT, IN>(simd, load, store);
+            along_both::<GradientAxis<f32>, S, OUT, IN>(simd, load, store);
         }
     }
 }
@@ -160,7 +160,7 @@ impl Task for FilterGradient<'_> {
             unsafe {
                 let load = |i: usize, j: usize| simd.load(sums.as_ptr().add((i * IN + j) * stride + channel));
                 let out = filter.as_mut_ptr().add(channel);
-                along_both::<FilterGradientAxis, S, IN, 3>(simd, load, |tap, value| {
+                along_both::<FilterGradientAxis<f32>, S, IN, 3>(simd, load, |tap, value| {
                     simd.store(out.add(tap * c), value)
                 });
             }

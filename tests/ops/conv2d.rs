@@ -60,10 +60,14 @@ fn case<T: Float>(shape: ConvShape) -> Case {
     Case { shape, x, w, dy, want }
 }
 
+/// What Winograd's algorithm may make of bf16, of the largest result: rounding transformed inputs and filters costs outputs in the
+/// corner of a tile 1.7 % of their usual size, four or five times as much now and then.
+const BF16_TRANSFORMED: f64 = 4e-2;
+
 /// All three passes under every instruction set of the machine.
 fn check(shape: ConvShape) {
     check_in::<f32>(shape, 1e-5, 3e-5);
-    check_in::<bf16>(shape, 5e-3, 5e-3);
+    check_in::<bf16>(shape, 5e-3, BF16_TRANSFORMED);
 }
 
 /// `tolerance` is for sums of products as they are, `transformed` for what Winograd's algorithm may have computed.
@@ -209,44 +213,50 @@ fn wrong_shapes_are_errors_that_show_them() {
     assert!(conv2d(&x, &tensor(&[3, 3, 3, 2], 2), None, Conv2dParams::new(0, 0)).is_err());
 }
 
-/// Winograd's algorithms against the naive sum, with bias, residual and ReLU, under every instruction set.
-fn check_winograd(stride: usize, [n, h, w]: [usize; 3], c: usize, o: usize) {
+/// Winograd's algorithms against the naive sum, with products of f32 and of bf16.
+fn check_winograd(stride: usize, extents: [usize; 3], c: usize, o: usize) {
+    check_winograd_in::<f32>(stride, extents, c, o, 2e-5);
+    check_winograd_in::<bf16>(stride, extents, c, o, BF16_TRANSFORMED);
+}
+
+/// With bias, residual and ReLU, under every instruction set, all of which can do with products of either type.
+fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o: usize, tolerance: f64) {
     let shape = shape([n, h, w, c], [o, 3, 3], [stride; 2], [1, 1]);
-    let Case { x, w, dy, want: [want, want_dx, want_dw], .. } = case::<f32>(shape);
+    let Case { x, w, dy, want: [want, want_dx, want_dw], .. } = case::<W>(shape);
     let (bias, residual) = (values(o, 4), values(want.len(), 5));
     let finished: Vec<f64> =
         want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
     let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
     for isa in Isa::supported().filter(|isa| winograd::algorithm::<f32>(*isa, &shape, c, o) != Algorithm::Direct) {
-        let name = |what: &str| format!("winograd's {what} {isa} {shape:?}");
+        let name = |what: &str| format!("winograd's {what} {isa} {} {shape:?}", std::any::type_name::<W>());
         let check = |what: &str, forward: &dyn Fn(Epilogue, &mut [f32])| {
             let mut y = vec![f32::NAN; want.len()];
             forward(Epilogue::default(), &mut y);
-            assert_close(&y, &want, 2e-5, &name(what));
+            assert_close(&y, &want, tolerance, &name(what));
             y.fill(f32::NAN);
             forward(epilogue, &mut y);
-            assert_close(&y, &finished, 2e-5, &name(&format!("{what} with epilogue")));
+            assert_close(&y, &finished, tolerance, &name(&format!("{what} with epilogue")));
         };
-        let strips = StripFilter::new(isa, &w, o, c);
+        let strips = StripFilter::<W>::new(isa, &w, o, c);
         check("strips", &|epilogue, y| winograd_strips::forward(&x, &strips, &shape, epilogue, y));
         if stride != 1 {
             continue;
         }
-        let blocks = WinogradFilter::new(isa, &w, o, c);
+        let blocks = WinogradFilter::<W>::new(isa, &w, o, c);
         check("blocks", &|epilogue, y| winograd::forward(&x, &blocks, &shape, epilogue, y));
         // Both gradients.
         let turned = ConvShape { c: o, o: c, ..shape };
         let mut dx = vec![f32::NAN; x.len()];
-        let blocks = WinogradFilter::for_backward_input(isa, &w, o, c);
+        let blocks = WinogradFilter::<W>::for_backward_input(isa, &w, o, c);
         winograd::forward(&dy, &blocks, &turned, Epilogue::default(), &mut dx);
-        assert_close(&dx, &want_dx, 2e-5, &name("gradient to the input in blocks"));
+        assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in blocks"));
         dx.fill(f32::NAN);
-        let strips = StripFilter::for_backward_input(isa, &w, o, c);
+        let strips = StripFilter::<W>::for_backward_input(isa, &w, o, c);
         winograd_strips::forward(&dy, &strips, &turned, Epilogue::default(), &mut dx);
-        assert_close(&dx, &want_dx, 2e-5, &name("gradient to the input in strips"));
+        assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in strips"));
         let mut dw = vec![f32::NAN; w.len()];
         winograd_wgrad::backward_filter(isa, &x, &dy, &shape, &mut dw);
-        assert_close(&dw, &want_dw, 2e-5, &name("gradient to the filter"));
+        assert_close(&dw, &want_dw, tolerance, &name("gradient to the filter"));
     }
 }
 
@@ -294,7 +304,10 @@ fn winograd_is_for_what_it_suits() {
     };
     assert_eq!(algorithms([64, 3, 64], 1, 1), (Algorithm::Blocks, Algorithm::Blocks));
     assert_eq!(algorithms([512, 3, 512], 1, 1), (Algorithm::Strips, Algorithm::Strips));
-    assert_eq!(algorithms([128, 3, 64], 2, 1), (Algorithm::Strips, Algorithm::Direct));
+    assert_eq!(
+        algorithms([128, 3, 64], 2, 1),
+        (Algorithm::Strips, if isa.multiplies_pairs() { Algorithm::Strips } else { Algorithm::Direct })
+    );
     for (dims, stride, padding) in
         [([64, 3, 64], 3, 1), ([64, 3, 64], 1, 0), ([64, 1, 64], 1, 0), ([528, 3, 64], 1, 1), ([64, 3, 3], 1, 1)]
     {
