@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of B in L1, in words: 128 rows of 64 columns are 32 KiB.
-const SLICE: usize = 128;
+pub(super) const SLICE: usize = 128;
 /// Values of A's runs that are interleaved together; as much as B's slice, so that both stay in L1.
 const PIECE: usize = 48;
 /// Rows of the result that are transposed together.
@@ -195,7 +195,14 @@ impl<T: Float> Task for Part<'_, T> {
 
 /// `out [run, width] (+)= sum over rows of run x b`. Each row of `runs` is `run` words, and as many rows of `b` are packed.
 #[inline(always)]
-fn multiply_runs<S: Simd, T: Float>(simd: S, runs: &[*const f32], run: usize, b: &[T], first: bool, out: &mut [f32]) {
+pub(super) fn multiply_runs<S: Simd, T: Float>(
+    simd: S,
+    runs: &[*const f32],
+    run: usize,
+    b: &[T],
+    first: bool,
+    out: &mut [f32],
+) {
     let width = S::LANES * S::VECTORS;
     assert!(b.len() >= runs.len() * width * T::PER_WORD && out.len() >= run * width);
     let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, kind: std::marker::PhantomData };

@@ -203,12 +203,25 @@ impl TileGrid {
         [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
     }
 
+    /// Where the pixels begin that a tile sees; those on the padding read zeros.
+    #[inline(always)]
+    pub(super) fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
+        let ConvShape { h, w, c, .. } = *shape;
+        let [n, top, left] = self.place(tile);
+        std::array::from_fn(|i| {
+            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
+                (Some(y), Some(x_at)) if y < h && x_at < w => &x[((n * h + y) * w + x_at) * c..][..c],
+                _ => zeros(c),
+            })
+        })
+    }
+
     /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
     ///
     /// # Safety
     /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
     #[inline(always)]
-    pub(super) unsafe fn transform_input<S: Simd, T: Float, W: Float>(
+    unsafe fn transform_input<S: Simd, T: Float, W: Float>(
         &self,
         simd: S,
         x: &[T],
@@ -217,16 +230,8 @@ impl TileGrid {
         out: *mut W,
         stride: usize,
     ) {
-        let ConvShape { h, w, c, .. } = *shape;
-        let [n, top, left] = self.place(tile);
-        // Where each of the pixels begins; those on the padding read zeros.
-        let pixels: [[&[T]; IN]; IN] = std::array::from_fn(|i| {
-            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
-                (Some(y), Some(x_at)) if y < h && x_at < w => &x[((n * h + y) * w + x_at) * c..][..c],
-                _ => zeros(c),
-            })
-        });
-        for channel in (0..c).step_by(S::LANES) {
+        let pixels = self.inputs(x, shape, tile);
+        for channel in (0..shape.c).step_by(S::LANES) {
             // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on.
             let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
             // SAFETY: the contract.

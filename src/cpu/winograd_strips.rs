@@ -30,12 +30,13 @@ const TRANSFORMED: usize = 5 << 20;
 const CHANNELS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
+/// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
 
-/// Filters in the order in which they are transformed: `[strip][input channel][tap][STRIP]`, zero-padded. `W` is the type whose
-/// products are taken.
+/// Filters in the order in which they are transformed: `[strip][word of input channels][tap][STRIP][channel of the word]`,
+/// zero-padded. `W` is the type whose products are taken.
 pub struct StripFilter<W> {
     isa: Isa,
     taps: Scratch<W>,
@@ -44,14 +45,20 @@ pub struct StripFilter<W> {
 }
 
 impl<W: Float> StripFilter<W> {
+    /// Values of a word's tap, and of all its taps.
+    const TAP: usize = STRIP * W::PER_WORD;
+    const WORD: usize = TAPS * TAPS * Self::TAP;
+
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         Self::pack(isa, filter, c, o, |channels, columns, out| {
             for (i, column) in columns.enumerate() {
                 for tap in 0..TAPS * TAPS {
                     let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
-                    let out = out[tap * STRIP + i..].iter_mut().step_by(TAPS * TAPS * STRIP);
-                    out.zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
+                    let words = out[tap * Self::TAP + i * W::PER_WORD..].chunks_mut(Self::WORD);
+                    for (out, values) in words.zip(values.chunks_exact(W::PER_WORD)) {
+                        out.iter_mut().zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
+                    }
                 }
             }
         })
@@ -61,11 +68,13 @@ impl<W: Float> StripFilter<W> {
     /// turned by half a turn and their channels exchanged.
     pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         Self::pack(isa, filter, o, c, |channels, columns, out| {
-            for (channel, out) in channels.zip(out.chunks_exact_mut(TAPS * TAPS * STRIP)) {
-                for (tap, out) in out.chunks_exact_mut(STRIP).enumerate() {
+            for (i, channel) in channels.enumerate() {
+                let (word, lane) = (i / W::PER_WORD, i % W::PER_WORD);
+                for (tap, out) in out[word * Self::WORD..].chunks_exact_mut(Self::TAP).take(TAPS * TAPS).enumerate() {
                     let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
                     let values = &filter[start..][columns.clone()];
-                    out.iter_mut().zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
+                    let out = out[lane..].iter_mut().step_by(W::PER_WORD);
+                    out.zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
                 }
             }
         })
@@ -82,6 +91,7 @@ impl<W: Float> StripFilter<W> {
         // What is written together stays in L1.
         const CHANNELS: usize = 8;
         assert_eq!(filter.len(), o * TAPS * TAPS * c);
+        assert!(c.is_multiple_of(W::PER_WORD), "channels are whole words");
         let mut taps = Scratch::take(o.div_ceil(STRIP) * c * TAPS * TAPS * STRIP);
         taps.par_chunks_exact_mut(c * TAPS * TAPS * STRIP).enumerate().for_each(|(strip, out)| {
             let columns = strip * STRIP..o.min((strip + 1) * STRIP);
@@ -194,17 +204,21 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
         let image = &self.x[image * h * w * c..][..h * w * c];
         for j in 0..inputs(axis(STRIDE), across) {
             let column = (STRIDE * left + j).checked_sub(1).filter(|&x| x < w);
-            let load = |i: usize| match (column, (STRIDE * top + i).checked_sub(1)) {
+            let column = vectors!(simd, inputs(axis(STRIDE), M), I => match (column, (STRIDE * top + I).checked_sub(1)) {
                 // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
                 (Some(x), Some(y)) if y < h => unsafe {
                     T::load(simd, image[(y * w + x) * c..][..c].as_ptr().add(channel))
                 },
                 _ => simd.splat(0.0),
-            };
+            });
+            let values = transform_input::<S, W, STRIDE, M>(simd, &column);
             let room = room.at::<S>(0, j);
-            // SAFETY: vectors `[slot, j]` of the room.
-            let store = |slot: usize, value| unsafe { simd.store(room.add(slot * MAX * S::LANES), value) };
-            transform_input::<S, W, STRIDE, M>(simd, load, store);
+            unrolled!(SLOT => {
+                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                    // SAFETY: vectors `[slot, j]` of the room.
+                    unsafe { simd.store(room.add(SLOT * MAX * S::LANES), values[SLOT]) };
+                }
+            });
         }
     }
 
@@ -222,13 +236,16 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
         for row in (0..slots(axis(STRIDE))).filter(|&slot| has_slot(axis(STRIDE), down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
-            let load = |i: usize| unsafe { simd.load(room.add(i * S::LANES)) };
-            let store = |slot: usize, value| {
-                let at = (row * slots(axis(STRIDE)) + slot) * slot_len + tile * c + channel;
-                // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
-                unsafe { W::store(simd, self.inputs.pointer().add(at), value) };
-            };
-            transform_input::<S, W, STRIDE, M>(simd, load, store);
+            let row_of_room =
+                vectors!(simd, inputs(axis(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
+            let values = transform_input::<S, W, STRIDE, M>(simd, &row_of_room);
+            let at = row * slots(axis(STRIDE)) * slot_len + tile * c + channel;
+            unrolled!(SLOT => {
+                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                    // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
+                    unsafe { W::store(simd, self.inputs.pointer().add(at + SLOT * slot_len), values[SLOT]) };
+                }
+            });
         }
     }
 }
@@ -296,32 +313,26 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
     /// `G g G^T` of the filters of some channels: `[value down][value across][panel][word of channels][column]`.
     #[inline(always)]
     fn transform_filters<S: Simd>(&self, simd: S, channels: Range<usize>, panels: usize, filters: &mut [W]) {
-        const TAPS_OF_CHANNEL: usize = TAPS * TAPS * STRIP;
-        let width = S::LANES * S::VECTORS;
-        let panel = channels.len() * width;
+        let (tap_len, word_len) = (StripFilter::<W>::TAP, StripFilter::<W>::WORD);
+        // Values of a panel's row, and of a panel.
+        let row = S::LANES * S::VECTORS * W::PER_WORD;
+        let panel = channels.len() / W::PER_WORD * row;
         let value_len = spread(panels * panel);
-        let first = (self.strip * self.shape.c + channels.start) * TAPS_OF_CHANNEL;
-        let taps = &self.filter.taps[first..][..channels.len() * TAPS_OF_CHANNEL];
-        assert!(filters.len() >= VALUES * VALUES * value_len && panels * width <= STRIP);
+        let first = (self.strip * self.shape.c + channels.start) * TAPS * TAPS * STRIP;
+        let taps = &self.filter.taps[first..][..channels.len() * TAPS * TAPS * STRIP];
+        assert!(filters.len() >= VALUES * VALUES * value_len && panels * row <= tap_len);
         let line = LINE_BYTES / size_of::<W>();
-        for (word, taps) in taps.chunks_exact(TAPS_OF_CHANNEL * W::PER_WORD).enumerate() {
+        for (word, taps) in taps.chunks_exact(word_len).enumerate() {
             // The channels after these come next, or those of the next strip.
-            let ahead = taps.as_ptr().wrapping_add(channels.len() * TAPS_OF_CHANNEL);
-            (0..taps.len()).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
-            for column in (0..panels * width).step_by(S::LANES) {
-                let at = column / width * panel + (word * width + column % width) * W::PER_WORD;
-                // SAFETY: a vector of the strip's columns at each tap of each channel of the word.
-                let load = |tap: usize| unsafe { W::load(simd, taps.as_ptr().add(tap * STRIP + column)) };
-                let mut last = [simd.splat(0.0); VALUES * VALUES];
-                if W::PER_WORD > 1 {
-                    let load = |tap: usize| load(TAPS * TAPS + tap);
-                    transform_filter::<S, W, STRIDE>(simd, load, |value, vector| last[value] = vector);
-                }
+            let ahead = taps.as_ptr().wrapping_add(channels.len() * TAPS * TAPS * STRIP);
+            (0..word_len).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
+            for column in (0..panels * row).step_by(S::LANES) {
+                let at = column / row * panel + word * row + column % row;
+                // SAFETY: a vector of the strip's columns at each tap.
+                let load = |tap: usize| unsafe { W::load(simd, taps.as_ptr().add(tap * tap_len + column)) };
                 transform_filter::<S, W, STRIDE>(simd, load, |value, vector| {
-                    // SAFETY: a vector of words of a row within the value's panel, as asserted.
-                    unsafe {
-                        W::store_words(simd, filters.as_mut_ptr().add(value * value_len + at), vector, last[value]);
-                    }
+                    // SAFETY: a vector of a row within the value's panel, as asserted.
+                    unsafe { W::store(simd, filters.as_mut_ptr().add(value * value_len + at), vector) };
                 });
             }
         }
@@ -403,17 +414,21 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         let row = tile - self.part.classes[class].start;
         let (all, panel) = (positions(axis(STRIDE), OUTPUTS), sums.column / width);
         for j in 0..positions(axis(STRIDE), across) {
-            let load = |i: usize| {
-                let (position, row) = (i * all + j, sums.first[i * all + j][class] + row);
+            let column = vectors!(simd, positions(axis(STRIDE), M), I => {
+                let (position, row) = (I * all + j, sums.first[I * all + j][class] + row);
                 let row = panel * self.part.room() + row;
                 let at = position * sums.position_len + row * width + sums.column % width;
                 // SAFETY: checked by the slice.
                 unsafe { simd.load(sums.values[at..][..S::LANES].as_ptr()) }
-            };
+            });
+            let outputs = transform_output::<S, W, STRIDE, M>(simd, &column);
             let room = room.at::<S>(0, j);
-            // SAFETY: vectors `[output, j]` of the room.
-            let store = |output: usize, value| unsafe { simd.store(room.add(output * MAX * S::LANES), value) };
-            transform_output::<S, W, STRIDE, M>(simd, load, store);
+            unrolled!(I => {
+                if I < M {
+                    // SAFETY: vectors `[output, j]` of the room.
+                    unsafe { simd.store(room.add(I * MAX * S::LANES), outputs[I]) };
+                }
+            });
         }
     }
 
@@ -434,12 +449,15 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         for i in 0..down {
             let room = room.at::<S>(i, 0);
             // SAFETY: the columns have stored a vector for each row of outputs and each position across.
-            let load = |j: usize| unsafe { simd.load(room.add(j * S::LANES)) };
+            let row = vectors!(simd, positions(axis(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
+            let outputs = transform_output::<S, W, STRIDE, M>(simd, &row);
             let first = ((image * oh + top + i) * ow + left) * o + channel;
-            // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
-            let store =
-                |j: usize, sum| unsafe { self.epilogue.store(simd, sum, bias, self.y.pointer(), first + j * o) };
-            transform_output::<S, W, STRIDE, M>(simd, load, store);
+            unrolled!(J => {
+                if J < M {
+                    // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
+                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), first + J * o) };
+                }
+            });
         }
     }
 }

@@ -35,6 +35,8 @@ macro_rules! unrolled {
     };
 }
 
+pub(super) use unrolled;
+
 /// Sum of the values times a row of a matrix that is known when this is compiled.
 #[inline(always)]
 fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N]) -> S::V {
@@ -112,44 +114,43 @@ macro_rules! with_outputs {
 
 pub(super) use with_outputs;
 
-/// `B^T d` along an axis of a tile of `M` outputs.
+/// The vectors that `$load` gives for `$I` from 0 to `$n`, a constant, as an array of `MAX`. Not by a closure: the compiler may leave
+/// one that is used so often a function of its own, without the instruction set.
+macro_rules! vectors {
+    ($simd:expr, $n:expr, $I:ident => $load:expr) => {{
+        let mut values = [$simd.splat(0.0); MAX];
+        unrolled!($I => {
+            if $I < const { $n } {
+                values[$I] = $load;
+            }
+        });
+        values
+    }};
+}
+
+pub(super) use vectors;
+
+/// `B^T d` along an axis of a tile of `M` outputs, at its slots.
 #[inline(always)]
 pub(super) fn transform_input<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
     simd: S,
-    load: impl Fn(usize) -> S::V,
-    store: impl Fn(usize, S::V),
-) {
-    let mut values = [simd.splat(0.0); MAX];
-    unrolled!(I => {
-        if I < const { inputs(axis(STRIDE), M) } {
-            values[I] = load(I);
-        }
-    });
-    unrolled!(SLOT => {
-        if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
-            store(SLOT, combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), W::POINTS, M)[SLOT] }, &values));
-        }
-    });
+    inputs: &[S::V; MAX],
+) -> [S::V; MAX] {
+    vectors!(simd, MAX, SLOT => match const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+        true => combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), W::POINTS, M)[SLOT] }, inputs),
+        false => simd.splat(0.0),
+    })
 }
 
 /// `A^T m` along an axis of a tile of `M` outputs.
 #[inline(always)]
 pub(super) fn transform_output<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
     simd: S,
-    load: impl Fn(usize) -> S::V,
-    store: impl Fn(usize, S::V),
-) {
-    let mut values = [simd.splat(0.0); MAX];
-    unrolled!(I => {
-        if I < const { positions(axis(STRIDE), M) } {
-            values[I] = load(I);
-        }
-    });
-    unrolled!(I => {
-        if I < M {
-            store(I, combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), W::POINTS, M) }[I % OUTPUTS], &values));
-        }
-    });
+    sums: &[S::V; MAX],
+) -> [S::V; MAX] {
+    vectors!(simd, M, I => {
+        combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), W::POINTS, M) }[I % OUTPUTS], sums)
+    })
 }
 
 /// Vectors between the transforms along the two axes.

@@ -5,24 +5,23 @@
 //! pair of channels at each position, is a matrix product over the tiles.
 
 use super::conv::ConvShape;
-use super::elementwise::add_assign;
 use super::float::Float;
-use super::gather::Gather;
 use super::gemm::Output;
-use super::gemm_transposed::{Order, multiply_transposed};
+use super::gemm_transposed::{SLICE, multiply_runs};
 use super::simd::{Isa, Simd, Task, dispatch};
 use super::winograd::{self, Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
-use super::winograd_axes::{FilterGradientAxis, GradientAxis, along_both};
+use super::winograd_axes::{Axis, FilterGradientAxis, GradientAxis, InputAxis, along_both};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. But where the sums are
 /// large, adding to them takes longer than reading tiles from memory: then so many times the sums.
 const TRANSFORMED: usize = 12 << 20;
 const TIMES_THE_SUMS: usize = 4;
-/// Tiles a task transforms.
-const BLOCK_TILES: usize = 16;
+/// Words of tiles a task transforms.
+const BLOCK_WORDS: usize = 16;
 
 /// With more channels than these, of input or output, sums take longer to transform than few tiles take to multiply; and where
 /// few pixels are summed, what is exactly zero should stay so: an optimiser that divides by the size of a gradient would make steps
@@ -33,134 +32,217 @@ const MANY_TILES: usize = 32;
 
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
-    let enough = shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW || TileGrid::new(shape).count() >= MANY_TILES;
+    // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
+    let exact = T::PER_WORD == 1 || !winograd::multiplies::<T>(isa);
+    let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
+    let enough = few || TileGrid::new(shape).count() >= MANY_TILES;
     shape.stride == [1, 1] && enough && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
+    match winograd::multiplies::<T>(isa) {
+        true => backward_filter_by::<T, T>(isa, x, dy, shape, dfilter),
+        false => backward_filter_by::<T, f32>(isa, x, dy, shape, dfilter),
+    }
+}
+
+/// [`backward_filter`] with products of type `W`.
+pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let (c, o) = (shape.c, shape.o);
     let [oh, ow] = shape.output();
     assert!(x.len() == shape.n * shape.h * shape.w * c && dy.len() == shape.n * oh * ow * o);
     assert_eq!(dfilter.len(), o * 9 * c);
     let grid = TileGrid::new(shape);
+    let width = isa.tile_columns();
+    let panels = c.div_ceil(width);
     let together = TRANSFORMED.max(TIMES_THE_SUMS * POSITIONS * c * o * size_of::<f32>());
-    let part = (together / (POSITIONS * (c + o) * size_of::<f32>())).clamp(1, grid.count().max(1));
-    let mut sums = Scratch::<f32>::take(POSITIONS * o * c);
+    let part = (together / (POSITIONS * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
+    let words = part.div_ceil(W::PER_WORD);
+    // [position][panel][o][column]
+    let mut sums = Scratch::<f32>::take(POSITIONS * panels * o * width);
     if grid.count() == 0 {
         sums.fill(0.0);
     }
-    let mut inputs = Scratch::<f32>::take(POSITIONS * part * c);
-    let mut gradients = Scratch::<f32>::take(POSITIONS * part * o);
-    for start in (0..grid.count()).step_by(part) {
-        let tiles = start..grid.count().min(start + part);
-        let count = tiles.len();
+    let mut inputs = Scratch::<W>::take(POSITIONS * panels * words * width * W::PER_WORD);
+    let mut gradients = Scratch::<W>::take(POSITIONS * words * o * W::PER_WORD);
+    for start in (0..grid.count()).step_by(words * W::PER_WORD) {
+        let tiles = start..grid.count().min(start + words * W::PER_WORD);
+        let words = tiles.len().div_ceil(W::PER_WORD);
         {
             let (inputs, gradients) = (Output::new(&mut inputs), Output::new(&mut gradients));
-            (0..count.div_ceil(BLOCK_TILES)).into_par_iter().for_each(|block| {
-                let first = tiles.start + block * BLOCK_TILES;
-                let block = first..tiles.end.min(first + BLOCK_TILES);
-                let (inputs, gradients) = (&inputs, &gradients);
-                dispatch(isa, Transform { x, dy, shape, grid, tiles: block, start, count, inputs, gradients });
+            (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
+                let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
+                let (tiles, inputs, gradients) = (tiles.clone(), &inputs, &gradients);
+                dispatch(isa, Transform { x, dy, shape, grid, tiles, block, words, inputs, gradients });
             });
         }
-        sums.par_chunks_exact_mut(o * c).enumerate().for_each(|(position, sums)| {
-            let inputs = &inputs[position * count * c..][..count * c];
-            let gradients = &gradients[position * count * o..][..count * o];
-            let multiply = |sums: &mut [f32]| {
-                multiply_transposed(isa, gradients, &Gather::matrix(count, o), inputs, c, sums, Order::RowMajor);
-            };
-            if start == 0 {
-                return multiply(sums);
-            }
-            let mut product = Scratch::<f32>::take(o * c);
-            multiply(&mut product);
-            add_assign::<f32>(sums, &product);
+        sums.par_chunks_exact_mut(o * width).enumerate().for_each(|(i, sums)| {
+            let (word_of_inputs, word_of_gradients) = (width * W::PER_WORD, o * W::PER_WORD);
+            let inputs = &inputs[i * words * word_of_inputs..][..words * word_of_inputs];
+            let gradients = &gradients[i / panels * words * word_of_gradients..][..words * word_of_gradients];
+            dispatch(isa, Multiply { gradients, inputs, o, first: start == 0, sums });
         });
     }
     dfilter.par_chunks_exact_mut(9 * c).enumerate().for_each(|(i, filter)| {
-        dispatch(isa, FilterGradient { sums: &sums[i * c..], stride: o * c, c, filter });
+        let sums = &sums[i * width..];
+        dispatch(
+            isa,
+            FilterGradient { sums, position: panels * o * width, panel: o * width, filter, products: PhantomData::<W> },
+        );
     });
 }
 
-/// Some tiles of input and output's gradient to `[position][tile][channel]`, of which tile `start` is the first of `count`.
-struct Transform<'a, T> {
+/// Some words of tiles of the input, to `[position][panel][word][column]`, and of the output's gradient, to `[position][word][o]`.
+struct Transform<'a, T, W> {
     x: &'a [T],
     dy: &'a [T],
     shape: &'a ConvShape,
     grid: TileGrid,
     tiles: Range<usize>,
-    start: usize,
-    count: usize,
-    inputs: &'a Output<f32>,
-    gradients: &'a Output<f32>,
+    block: Range<usize>,
+    /// All words of the tiles.
+    words: usize,
+    inputs: &'a Output<W>,
+    gradients: &'a Output<W>,
 }
 
-impl<T: Float> Task for Transform<'_, T> {
+impl<T: Float, W: Float> Task for Transform<'_, T, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let ConvShape { c, o, .. } = *self.shape;
-        for tile in self.tiles.clone() {
-            let at = tile - self.start;
-            // SAFETY: `at` is one of the `count` tiles there is room for, and this task's alone.
-            unsafe {
-                let out = self.inputs.pointer().add(at * c);
-                self.grid.transform_input::<S, T, f32>(simd, self.x, self.shape, tile, out, self.count * c);
-                self.transform_gradient(simd, tile, self.gradients.pointer().add(at * o), self.count * o);
+        let width = S::LANES * S::VECTORS;
+        let position_len = c.div_ceil(width) * self.words * width;
+        for word in self.block.clone() {
+            // The first and the last tile of a word; one beyond the last is zero.
+            let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
+            let tiles = [tile(0), tile(W::PER_WORD - 1)];
+            let inputs = tiles.map(|tile| match tile {
+                Some(tile) => self.grid.inputs(self.x, self.shape, tile),
+                None => [[zeros(c); IN]; IN],
+            });
+            let gradients = tiles.map(|tile| match tile {
+                Some(tile) => self.gradients_of(tile),
+                None => [[zeros(o); OUT]; OUT],
+            });
+            for channel in (0..c).step_by(S::LANES) {
+                let at = (channel / width * self.words + word) * width + channel % width;
+                // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
+                unsafe {
+                    let out = self.inputs.pointer().add(at * W::PER_WORD);
+                    transform::<InputAxis<W>, S, T, W, IN>(simd, &inputs, channel, out, position_len);
+                }
+            }
+            for channel in (0..o).step_by(S::LANES) {
+                // SAFETY: as above, of `o` values.
+                unsafe {
+                    let out = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
+                    transform::<GradientAxis<W>, S, T, W, OUT>(simd, &gradients, channel, out, self.words * o);
+                }
             }
         }
     }
 }
 
-impl<T: Float> Transform<'_, T> {
-    /// `A dy A^T` of one tile; outputs beyond the image have no gradient.
-    ///
-    /// # Safety
-    /// `out` is valid for `o` values at each of the positions, `stride` apart.
+/// A vector of the channels of a word's tiles; position `p` goes to word `p * stride` from `out` on.
+///
+/// # Safety
+/// Pixels have a vector of channels from `channel` on, and `out` room for a vector of words at each position.
+#[inline(always)]
+unsafe fn transform<X: Axis<A, IN>, S: Simd, T: Float, W: Float, const A: usize>(
+    simd: S,
+    tiles: &[[[&[T]; A]; A]; 2],
+    channel: usize,
+    out: *mut W,
+    stride: usize,
+) {
+    // SAFETY: the contract.
+    let load = |tile: usize, i: usize, j: usize| unsafe { T::load(simd, tiles[tile][i][j].as_ptr().add(channel)) };
+    let mut last = [simd.splat(0.0); POSITIONS];
+    if W::PER_WORD > 1 {
+        along_both::<X, S, A, IN>(simd, |i, j| load(1, i, j), |position, value| last[position] = value);
+    }
+    along_both::<X, S, A, IN>(
+        simd,
+        |i, j| load(0, i, j),
+        |position, value| {
+            // SAFETY: the contract.
+            unsafe { W::store_words(simd, out.add(position * stride * W::PER_WORD), value, last[position]) };
+        },
+    );
+}
+
+impl<T: Float, W: Float> Transform<'_, T, W> {
+    /// The gradients of a tile's outputs; those beyond the image have none.
     #[inline(always)]
-    unsafe fn transform_gradient<S: Simd>(&self, simd: S, tile: usize, out: *mut f32, stride: usize) {
+    fn gradients_of(&self, tile: usize) -> [[&[T]; OUT]; OUT] {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
         let [n, top, left] = self.grid.place(tile);
-        let mut pixels: [[&[T]; OUT]; OUT] = [[zeros(o); OUT]; OUT];
-        for (i, row) in pixels.iter_mut().enumerate().take(oh - top) {
-            for (j, pixel) in row.iter_mut().enumerate().take(ow - left) {
-                *pixel = &self.dy[((n * oh + top + i) * ow + left + j) * o..][..o];
-            }
-        }
-        for channel in (0..o).step_by(S::LANES) {
-            // SAFETY: every pixel has `o` values, and a whole vector of them from `channel` on.
-            let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
-            // SAFETY: the contract.
-            let store = |position: usize, value| unsafe { simd.store(out.add(position * stride + channel), value) };
-            along_both::<GradientAxis<f32>, S, OUT, IN>(simd, load, store);
-        }
+        std::array::from_fn(|i| {
+            std::array::from_fn(|j| match (top + i < oh, left + j < ow) {
+                (true, true) => &self.dy[((n * oh + top + i) * ow + left + j) * o..][..o],
+                _ => zeros(o),
+            })
+        })
     }
 }
 
-/// `G^T m G` of one filter; position `p` of channel `i` is at `sums[p * stride + i]`.
-struct FilterGradient<'a> {
-    sums: &'a [f32],
-    stride: usize,
-    c: usize,
-    /// `[3, 3, c]`.
-    filter: &'a mut [f32],
+/// `sums [o, width] (+)= gradients [words, o]^T inputs [words, width]`.
+struct Multiply<'a, W> {
+    gradients: &'a [W],
+    inputs: &'a [W],
+    o: usize,
+    first: bool,
+    sums: &'a mut [f32],
 }
 
-impl Task for FilterGradient<'_> {
+impl<W: Float> Task for Multiply<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let FilterGradient { sums, stride, c, filter } = self;
-        assert!(sums.len() >= (POSITIONS - 1) * stride + c && filter.len() == 9 * c && c.is_multiple_of(S::LANES));
+        let (o, width) = (self.o, S::LANES * S::VECTORS);
+        let mut runs: Vec<*const f32> = Vec::with_capacity(SLICE);
+        let inputs = self.inputs.chunks(SLICE * width * W::PER_WORD);
+        for (i, (gradients, inputs)) in self.gradients.chunks(SLICE * o * W::PER_WORD).zip(inputs).enumerate() {
+            runs.clear();
+            runs.extend(gradients.chunks_exact(o * W::PER_WORD).map(|row| row.as_ptr().cast()));
+            multiply_runs(simd, &runs, o, inputs, self.first && i == 0, self.sums);
+        }
+    }
+}
+
+/// `G^T m G` of one filter.
+struct FilterGradient<'a, W> {
+    /// From the filter's first sum on, `[position][panel][..][column]`.
+    sums: &'a [f32],
+    /// Values of a position.
+    position: usize,
+    /// Values of a panel.
+    panel: usize,
+    /// `[3, 3, c]`.
+    filter: &'a mut [f32],
+    products: PhantomData<W>,
+}
+
+impl<W: Float> Task for FilterGradient<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let FilterGradient { sums, position, panel, filter, .. } = self;
+        let (c, width) = (filter.len() / 9, S::LANES * S::VECTORS);
+        assert!(c.is_multiple_of(S::LANES) && panel >= width);
+        assert!(sums.len() >= (POSITIONS - 1) * position + (c.div_ceil(width) - 1) * panel + width);
         for channel in (0..c).step_by(S::LANES) {
+            let at = channel / width * panel + channel % width;
             // SAFETY: as asserted, a vector from `channel` on is there at every position, and in every tap.
             unsafe {
-                let load = |i: usize, j: usize| simd.load(sums.as_ptr().add((i * IN + j) * stride + channel));
+                let load = |i: usize, j: usize| simd.load(sums.as_ptr().add((i * IN + j) * position + at));
                 let out = filter.as_mut_ptr().add(channel);
-                along_both::<FilterGradientAxis<f32>, S, IN, 3>(simd, load, |tap, value| {
+                along_both::<FilterGradientAxis<W>, S, IN, 3>(simd, load, |tap, value| {
                     simd.store(out.add(tap * c), value)
                 });
             }
