@@ -155,14 +155,14 @@ pub enum PackedFilter<T> {
     Winograd(Winograd<T>),
     /// Winograd's algorithm in f32, where no instruction multiplies activations as they are.
     WinogradWide(Winograd<f32>),
-    /// Winograd's algorithm along rows alone.
-    Rows(RowFilter),
     /// A product over the patches, on tiles.
     Tiles(Isa, TileFilter),
 }
 
 /// Filters for Winograd's algorithm whose products are of type `W`.
 pub enum Winograd<W> {
+    /// Along rows alone.
+    Rows(RowFilter<W>),
     /// Transformed beforehand.
     Blocks(WinogradFilter<W>),
     /// Transformed when they are used.
@@ -172,6 +172,7 @@ pub enum Winograd<W> {
 impl<W: Float> Winograd<W> {
     fn new(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
         match algorithm {
+            Algorithm::Rows => Winograd::Rows(RowFilter::new(isa, filter, shape)),
             Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
             _ => Winograd::Blocks(WinogradFilter::new(isa, filter, shape.o, shape.c)),
         }
@@ -186,6 +187,7 @@ impl<W: Float> Winograd<W> {
 
     fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
         match self {
+            Winograd::Rows(filter) => winograd_rows::forward(x, filter, shape, epilogue, y),
             Winograd::Blocks(filter) => winograd::forward(x, filter, shape, epilogue, y),
             Winograd::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
         }
@@ -193,17 +195,17 @@ impl<W: Float> Winograd<W> {
 }
 
 /// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` says what for: inference does with two parts where f32 is
-/// multiplied as bf16, and with Winograd's algorithm for the first layer. Training does not: a ReLU whose input is zero up to rounding
-/// passes its gradient or not, which a gradient far below sums up.
+/// multiplied as bf16, and with Winograd's algorithm for the first layer. Training in f32 does not: a ReLU whose input is zero up to
+/// rounding passes its gradient or not, which a gradient far below sums up.
 pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitting: Splitting) -> PackedFilter<T> {
     if isa.has_tiles() {
         let depth = shape.kh * shape.kw * shape.c;
         return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
     }
-    if winograd_rows::suits(isa, shape) && splitting == Splitting::Two {
-        return PackedFilter::Rows(RowFilter::new(isa, filter, shape));
-    }
-    match winograd::algorithm::<T>(isa, shape, shape.c, shape.o) {
+    // What is rounded to bf16 anyway gives no exact zero.
+    let rows = winograd_rows::suits(isa, shape) && (splitting == Splitting::Two || T::PER_WORD > 1);
+    let algorithm = if rows { Algorithm::Rows } else { winograd::algorithm::<T>(isa, shape, shape.c, shape.o) };
+    match algorithm {
         Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
         algorithm if winograd::multiplies::<T>(isa) => {
             PackedFilter::Winograd(Winograd::new(isa, algorithm, filter, shape))
@@ -224,7 +226,6 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
         PackedFilter::Winograd(filter) => filter.forward(x, shape, epilogue, y),
         PackedFilter::WinogradWide(filter) => filter.forward(x, shape, epilogue, y),
-        PackedFilter::Rows(filter) => winograd_rows::forward(x, filter, shape, epilogue, y),
         PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
             let multiply = gemm_tiles::multiply::<U, T>;
             if shape.merges_taps() {

@@ -2,6 +2,7 @@
 
 use super::float::Float;
 use super::simd::vectorised;
+use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 
 /// Extents of a max pooling; padding is never the maximum.
@@ -48,9 +49,31 @@ impl PoolShape {
     }
 }
 
-/// Maxima of windows, and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
+/// Maxima of windows. NaN is greater than any number, as in PyTorch.
+pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
+    let ([oh, ow], c) = (shape.output(), shape.c);
+    y.par_chunks_mut(ow * c).enumerate().for_each(|(row, y)| {
+        let (n, oy) = (row / oh, row % oh);
+        // First along the columns of a window's rows, whole rows at a time.
+        let mut rows = Scratch::<f32>::take(shape.w * c);
+        rows.fill(f32::NEG_INFINITY);
+        for (_, iy) in shape.covered(oy, shape.h) {
+            T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| take_greater(x, &mut rows));
+        }
+        T::write(y, |y| {
+            y.fill(f32::NEG_INFINITY);
+            for (ox, y) in y.chunks_exact_mut(c).enumerate() {
+                for (_, ix) in shape.covered(ox, shape.w) {
+                    take_greater(&rows[ix * c..][..c], y);
+                }
+            }
+        });
+    });
+}
+
+/// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
 /// greater than any number, as in PyTorch.
-pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], places: &mut [u8]) {
+pub fn max_pool_with_places<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], places: &mut [u8]) {
     let ([oh, ow], c) = (shape.output(), shape.c);
     let rows = y.par_chunks_mut(ow * c).zip(places.par_chunks_mut(ow * c)).enumerate();
     rows.for_each(|(row, (y, places))| {
@@ -110,6 +133,12 @@ pub fn global_average_backward<T: Float>(dy: &[f32], pixels: usize, c: usize, dx
 }
 
 vectorised! {
+    fn take_greater(x: &[f32], y: &mut [f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = if x > *y || x.is_nan() { x } else { *y };
+        }
+    }
+
     fn take_maximum(x: &[f32], place: u8, y: &mut [f32], places: &mut [u8]) {
         for ((y, places), &x) in y.iter_mut().zip(places).zip(x) {
             // The first place is taken whatever it holds, so that a window of -inf has a maximum too.

@@ -185,9 +185,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
         unsafe {
             self.store_bf16(rows[0].as_mut_ptr(), low);
             self.store_bf16(rows[1].as_mut_ptr(), high);
-            for lane in 0..Self::LANES {
-                p.add(2 * lane).write(rows[0][lane]);
-                p.add(2 * lane + 1).write(rows[1][lane]);
+            for (lane, (&low, &high)) in rows[0].iter().zip(&rows[1]).enumerate().take(Self::LANES) {
+                p.add(2 * lane).write(low);
+                p.add(2 * lane + 1).write(high);
             }
         }
     }

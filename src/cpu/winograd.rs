@@ -13,8 +13,9 @@ use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::{Epilogue, Output, TILE_ROWS, Tile};
 use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_axes::{FilterAxis, InputAxis, OutputAxis, along_both};
+use super::winograd_axes::*;
 use super::winograd_strips;
+use super::winograd_transforms::Room;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -51,9 +52,11 @@ pub enum Algorithm {
     Blocks,
     /// By [`super::winograd_strips`].
     Strips,
+    /// By [`super::winograd_rows`].
+    Rows,
 }
 
-/// The algorithm for a convolution of this geometry from `c` to `o` channels. Winograd's is for 3x3 filters, padding one, and whole
+/// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3 filters, padding one, and whole
 /// vectors of channels.
 pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
     let lanes = isa.lanes();
@@ -147,28 +150,15 @@ impl<W: Float> Task for FilterTransform<'_, W> {
         let (o, width) = (self.taps[0][0].len(), S::LANES * S::VECTORS);
         assert!(o.is_multiple_of(S::LANES) && self.taps.as_flattened().iter().all(|tap| tap.len() == o));
         for column in (0..o).step_by(S::LANES) {
-            // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on.
-            let load = |channel: usize, tap: usize| unsafe { simd.load(self.taps[channel][tap].as_ptr().add(column)) };
             let at = column / width * self.panel + (self.word * width + column % width) * W::PER_WORD;
-            let mut last = [simd.splat(0.0); POSITIONS];
-            if W::PER_WORD > 1 {
-                along_both::<FilterAxis<W>, S, 3, IN>(
-                    simd,
-                    |y, x| load(1, y * 3 + x),
-                    |position, value| last[position] = value,
-                );
+            let mut room = Room::new();
+            // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on; this word's row of every
+            // panel is this task's alone.
+            unsafe {
+                let taps = self.taps.each_ref().map(|taps| Taps { taps, column });
+                let out = self.out.pointer().add(at);
+                transform_words::<FilterAxis<W>, S, W, 3, IN>(simd, taps, &mut room, out, self.stride);
             }
-            along_both::<FilterAxis<W>, S, 3, IN>(
-                simd,
-                |y, x| load(0, y * 3 + x),
-                |position, value| {
-                    // SAFETY: this word's row of every panel is this task's alone.
-                    unsafe {
-                        let out = self.out.pointer().add(position * self.stride + at);
-                        W::store_words(simd, out, value, last[position]);
-                    }
-                },
-            );
         }
     }
 }
@@ -232,11 +222,11 @@ impl TileGrid {
     ) {
         let pixels = self.inputs(x, shape, tile);
         for channel in (0..shape.c).step_by(S::LANES) {
-            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on.
-            let load = |i: usize, j: usize| unsafe { T::load(simd, pixels[i][j].as_ptr().add(channel)) };
-            // SAFETY: the contract.
-            let store = |position: usize, value| unsafe { W::store(simd, out.add(position * stride + channel), value) };
-            along_both::<InputAxis<W>, S, IN, IN>(simd, load, store);
+            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
+            unsafe {
+                let out = Plane::<W, IN> { first: out.add(channel), stride };
+                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
+            }
         }
     }
 }
@@ -368,19 +358,47 @@ impl<T: Float, W: Float> Block<'_, T, W> {
         let first = ((n * oh + top) * ow + left) * o + column;
         assert!(products.len() >= (IN * IN - 1) * stride + columns && columns.is_multiple_of(S::LANES));
         for at in (0..columns).step_by(S::LANES) {
-            // SAFETY: as asserted, a vector from `at` on is there at every position.
-            let load = |i: usize, j: usize| unsafe { simd.load(products.as_ptr().add((i * IN + j) * stride + at)) };
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            along_both::<OutputAxis<W>, S, IN, OUT>(simd, load, |position, value| {
-                let (i, j) = (position / OUT, position % OUT);
-                if i < rows && j < row_len {
-                    // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                    unsafe {
-                        self.epilogue.store(simd, value, bias, self.y.pointer(), first + (i * ow + j) * o + at);
-                    }
-                }
-            });
+            let out = Outputs {
+                y: self.y.pointer(),
+                epilogue: self.epilogue,
+                bias,
+                first: first + at,
+                row: ow * o,
+                pixel: o,
+                rows,
+                columns: row_len,
+            };
+            // SAFETY: as asserted, a vector from `at` on is there at every position; outputs that lie inside the image are this
+            // task's alone, and the residual is as long.
+            unsafe {
+                let products = Plane::<f32, IN> { first: products.as_ptr().add(at).cast_mut(), stride };
+                along_both::<OutputAxis<W>, S, IN, OUT>(simd, products, out);
+            }
+        }
+    }
+}
+
+/// Where the outputs of a tile go, with the epilogue; those beyond the image nowhere.
+struct Outputs<'a, T, V> {
+    y: *mut T,
+    epilogue: Epilogue<'a, T>,
+    bias: Option<V>,
+    first: usize,
+    row: usize,
+    pixel: usize,
+    /// Rows and columns inside the image.
+    rows: usize,
+    columns: usize,
+}
+
+impl<T: Float, S: Simd> Sink<S> for Outputs<'_, T, S::V> {
+    #[inline(always)]
+    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+        if i < self.rows && j < self.columns {
+            // SAFETY: the caller's.
+            unsafe { self.epilogue.store(simd, value, self.bias, self.y, self.first + i * self.row + j * self.pixel) };
         }
     }
 }

@@ -20,7 +20,7 @@ const SLOTS: usize = slots(AXIS);
 const POSITIONS: usize = positions(AXIS, OUTPUTS);
 /// Inputs of a tile; where the image ends earlier it is continued with zeros, and outputs beyond it are dropped.
 const INPUTS: usize = inputs(AXIS, OUTPUTS);
-/// Floats of a phase of a transformed channel: its positions, and padding.
+/// Values of a phase of a transformed channel: its positions, and padding.
 const ROOM: usize = 8;
 const PHASES: usize = AXIS.stride;
 /// Rows of outputs that a task computes: everything in between stays in L2.
@@ -28,10 +28,11 @@ const ROWS: usize = 8;
 /// More channels fill runs that are long enough for the direct product.
 const MAX_CHANNELS: usize = 4;
 
-/// Transformed filters `[panel][position][filter row][channel][phase][column]`, zero-padded.
-pub struct RowFilter {
+/// Transformed filters `[panel][position][filter row][channel][phase][column]`, zero-padded. `W` is the type whose products are
+/// taken; where a word is a pair, its values are the phases, of which the second may be zero.
+pub struct RowFilter<W> {
     isa: Isa,
-    panels: Scratch<f32>,
+    panels: Scratch<W>,
     c: usize,
     o: usize,
 }
@@ -48,31 +49,45 @@ fn slots_at(position: usize) -> impl Iterator<Item = usize> + Clone {
     (0..SLOTS).filter(move |&slot| position_of(AXIS, slot) == position)
 }
 
-/// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
-fn depth_before(position: usize, rows: usize, c: usize) -> usize {
-    (0..position).map(|position| rows * slots_at(position).count() * c).sum()
+/// Words of a channel at a position.
+fn words_at<W: Float>(position: usize) -> usize {
+    slots_at(position).count().div_ceil(W::PER_WORD)
 }
 
-impl RowFilter {
+/// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
+fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
+    (0..position).map(|position| rows * words_at::<W>(position) * c).sum()
+}
+
+/// Where a transformed channel has a slot: phase after phase, or in words of both.
+const fn place<W: Float>(slot: usize) -> usize {
+    let (phase, position) = (if slot < POSITIONS { 0 } else { 1 }, position_of(AXIS, slot));
+    if W::PER_WORD == 1 { phase * ROOM + position } else { position * PHASES + phase }
+}
+
+impl<W: Float> RowFilter<W> {
     /// From filters `[o, kh, 7, c]`.
     pub fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Self {
         let ConvShape { c, o, kh, .. } = *shape;
         assert_eq!(filter.len(), o * kh * TAPS * c);
         let matrix = const { filter_matrix::<SLOTS, TAPS>(AXIS, f32::POINTS) };
-        let (width, depth) = (isa.tile_columns(), depth_before(POSITIONS, kh, c));
-        let mut panels = Scratch::<f32>::take(o.div_ceil(width) * depth * width);
-        panels.fill(0.0);
-        for (panel, out) in panels.chunks_exact_mut(depth * width).enumerate() {
-            let mut rows = out.chunks_exact_mut(width);
+        let (width, depth) = (isa.tile_columns(), depth_before::<W>(POSITIONS, kh, c));
+        let mut panels = Scratch::<W>::take(o.div_ceil(width) * depth * width * W::PER_WORD);
+        panels.fill(W::default());
+        for (panel, out) in panels.chunks_exact_mut(depth * width * W::PER_WORD).enumerate() {
+            let mut rows = out.chunks_exact_mut(width * W::PER_WORD);
             for position in 0..POSITIONS {
-                for (row, channel, slot) in (0..kh)
-                    .flat_map(|row| (0..c).map(move |channel| (row, channel)))
-                    .flat_map(|(row, channel)| slots_at(position).map(move |slot| (row, channel, slot)))
-                {
-                    let out = rows.next().expect("a row for each slot and channel");
-                    for (value, column) in out.iter_mut().zip(panel * width..o) {
-                        let taps = filter[(column * kh + row) * TAPS * c + channel..].iter().step_by(c);
-                        *value = matrix[slot].iter().zip(taps).map(|(factor, tap)| factor * tap).sum();
+                for (row, channel) in (0..kh).flat_map(|row| (0..c).map(move |channel| (row, channel))) {
+                    let mut slots = slots_at(position);
+                    for out in rows.by_ref().take(words_at::<W>(position)) {
+                        for (lane, slot) in slots.by_ref().take(W::PER_WORD).enumerate() {
+                            let values = out[lane..].iter_mut().step_by(W::PER_WORD);
+                            for (value, column) in values.zip(panel * width..o) {
+                                let taps = filter[(column * kh + row) * TAPS * c + channel..].iter().step_by(c);
+                                let sum = matrix[slot].iter().zip(taps).map(|(factor, tap)| factor * tap).sum();
+                                *value = W::from_f32(sum);
+                            }
+                        }
                     }
                 }
             }
@@ -82,7 +97,13 @@ impl RowFilter {
 }
 
 /// `y = epilogue(conv(x, filter))` for what [`suits`] accepts.
-pub fn forward<T: Float>(x: &[T], filter: &RowFilter, shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+pub fn forward<T: Float, W: Float>(
+    x: &[T],
+    filter: &RowFilter<W>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) {
     let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o, shape.kw, shape.stride[1]), (filter.c, filter.o, TAPS, AXIS.stride));
     assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
@@ -98,46 +119,46 @@ pub fn forward<T: Float>(x: &[T], filter: &RowFilter, shape: &ConvShape, epilogu
 }
 
 /// What the positions of both phases take of each input.
-static INPUT_MATRIX: [[f32; PHASES * ROOM]; INPUTS] = {
+const fn places<W: Float>() -> [[f32; PHASES * ROOM]; INPUTS] {
     let matrix = input_matrix::<INPUTS>(AXIS, f32::POINTS, OUTPUTS);
     let mut out = [[0.0; PHASES * ROOM]; INPUTS];
     let mut slot = 0;
     while slot < SLOTS {
-        let phase = if slot < POSITIONS { 0 } else { 1 };
         let mut input = 0;
         while input < INPUTS {
-            out[input][phase * ROOM + position_of(AXIS, slot)] = matrix[slot][input];
+            out[input][place::<W>(slot)] = matrix[slot][input];
             input += 1;
         }
         slot += 1;
     }
     out
-};
+}
 
 /// `B^T d` of the tiles of a row of the input, `[column][channel]`, to `[tile][channel][phase][ROOM]`.
 #[inline(always)]
-fn transform_row<S: Simd>(simd: S, row: &[f32], channels: usize, out: &mut [f32]) {
+fn transform_row<S: Simd, W: Float>(simd: S, row: &[f32], channels: usize, out: &mut [W]) {
+    let matrix = const { &places::<W>() };
     for (tile, out) in out.chunks_exact_mut(channels * PHASES * ROOM).enumerate() {
         let inputs = &row[tile * OUTPUTS * AXIS.stride * channels..][..INPUTS * channels];
         for (channel, out) in out.chunks_exact_mut(PHASES * ROOM).enumerate() {
             for at in (0..PHASES * ROOM).step_by(S::LANES) {
                 let mut sum = simd.splat(0.0);
-                for (i, factors) in INPUT_MATRIX.iter().enumerate() {
+                for (i, factors) in matrix.iter().enumerate() {
                     // SAFETY: two phases are a whole number of vectors.
                     let factors = unsafe { simd.load(factors.as_ptr().add(at)) };
                     sum = simd.mul_add(factors, simd.splat(inputs[i * channels + channel]), sum);
                 }
                 // SAFETY: as above.
-                unsafe { simd.store(out.as_mut_ptr().add(at), sum) };
+                unsafe { W::store(simd, out.as_mut_ptr().add(at), sum) };
             }
         }
     }
 }
 
 /// Some rows of outputs of an image.
-struct Rows<'a, T> {
+struct Rows<'a, T, W> {
     x: &'a [T],
-    filter: &'a RowFilter,
+    filter: &'a RowFilter<W>,
     shape: &'a ConvShape,
     epilogue: Epilogue<'a, T>,
     y: &'a Output<T>,
@@ -145,7 +166,7 @@ struct Rows<'a, T> {
     rows: Range<usize>,
 }
 
-impl<T: Float> Task for Rows<'_, T> {
+impl<T: Float, W: Float> Task for Rows<'_, T, W> {
     type Output = ();
 
     #[inline(always)]
@@ -165,25 +186,26 @@ impl<T: Float> Task for Rows<'_, T> {
             *run = std::array::from_fn(|lane| {
                 let tile = (start + lane).min(count - 1);
                 let at = ((tile / tiles * stride[0] + row) * tiles + tile % tiles) * pixel;
-                inputs[at..][..pixel].as_ptr()
+                inputs[at..][..pixel].as_ptr().cast()
             });
         }
-        let depth = depth_before(POSITIONS, kh, c);
-        for (panel, filters) in self.filter.panels.chunks_exact(depth * width).enumerate() {
+        let row = width * W::PER_WORD;
+        let depth = depth_before::<W>(POSITIONS, kh, c);
+        for (panel, filters) in self.filter.panels.chunks_exact(depth * row).enumerate() {
             let columns = width.min(o - panel * width);
             for (position, sums) in sums.chunks_exact_mut(room * width).enumerate() {
-                let b = &filters[depth_before(position, kh, c) * width..];
-                let phases = slots_at(position).count();
-                let (words, step) = (phases * c, PHASES / phases * ROOM);
-                assert!(b.len() >= kh * words * width && position + (words - 1) * step < pixel);
+                let b = &filters[depth_before::<W>(position, kh, c) * row..];
+                let words_of_channel = words_at::<W>(position);
+                let (words, step) = (words_of_channel * c, PHASES / W::PER_WORD / words_of_channel * ROOM);
+                assert!(b.len() >= kh * words * row && position + (words - 1) * step < pixel / W::PER_WORD);
                 let groups = runs.chunks_exact(kh).zip(sums.chunks_exact_mut(TILE_ROWS * width));
                 for (start, (runs, sums)) in (0..count).step_by(TILE_ROWS).zip(groups) {
-                    let tile = Tile::<f32> {
+                    let tile = Tile::<W> {
                         runs,
                         words,
                         first: position,
                         step,
-                        b: b.as_ptr(),
+                        b: b.as_ptr().cast(),
                         c: std::ptr::null_mut(),
                         targets: &[0; TILE_ROWS],
                         rows: TILE_ROWS.min(count - start),
@@ -205,14 +227,14 @@ impl<T: Float> Task for Rows<'_, T> {
     }
 }
 
-impl<T: Float> Rows<'_, T> {
+impl<T: Float, W: Float> Rows<'_, T, W> {
     /// The rows of the image that the outputs see: `[row][tile][channel][phase][ROOM]`.
     #[inline(always)]
-    fn transform_inputs<S: Simd>(&self, simd: S, tiles: usize) -> Scratch<f32> {
+    fn transform_inputs<S: Simd>(&self, simd: S, tiles: usize) -> Scratch<W> {
         let ConvShape { h, w, c, kh, stride, padding, .. } = *self.shape;
         let rows = (self.rows.len() - 1) * stride[0] + kh;
         let row_len = tiles * c * PHASES * ROOM;
-        let mut out = Scratch::<f32>::take(rows * row_len);
+        let mut out = Scratch::<W>::take(rows * row_len);
         // A row of the image between zeros.
         let mut padded = vec![0.0; ((tiles - 1) * OUTPUTS * AXIS.stride + INPUTS).max(w + padding[1]) * c];
         for (row, out) in (self.rows.start * stride[0]..).zip(out.chunks_exact_mut(row_len)) {
@@ -222,7 +244,7 @@ impl<T: Float> Rows<'_, T> {
                     T::read(x, |x| padded[padding[1] * c..][..w * c].copy_from_slice(x));
                     transform_row(simd, &padded, c, out);
                 }
-                _ => out.fill(0.0),
+                _ => out.fill(W::default()),
             }
         }
         out

@@ -10,7 +10,8 @@ use super::gemm::Output;
 use super::gemm_transposed::{SLICE, multiply_runs};
 use super::simd::{Isa, Simd, Task, dispatch};
 use super::winograd::{self, Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
-use super::winograd_axes::{Axis, FilterGradientAxis, GradientAxis, InputAxis, along_both};
+use super::winograd_axes::*;
+use super::winograd_transforms::Room;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -114,7 +115,9 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
     fn run<S: Simd>(self, simd: S) {
         let ConvShape { c, o, .. } = *self.shape;
         let width = S::LANES * S::VECTORS;
-        let position_len = c.div_ceil(width) * self.words * width;
+        let inputs_len = c.div_ceil(width) * self.words * width * W::PER_WORD;
+        let gradients_len = self.words * o * W::PER_WORD;
+        let mut room = Room::new();
         for word in self.block.clone() {
             // The first and the last tile of a word; one beyond the last is zero.
             let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
@@ -132,46 +135,21 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
                 unsafe {
                     let out = self.inputs.pointer().add(at * W::PER_WORD);
-                    transform::<InputAxis<W>, S, T, W, IN>(simd, &inputs, channel, out, position_len);
+                    let tiles = inputs.each_ref().map(|pixels| Pixels { pixels, channel });
+                    transform_words::<InputAxis<W>, S, W, IN, IN>(simd, tiles, &mut room, out, inputs_len);
                 }
             }
             for channel in (0..o).step_by(S::LANES) {
                 // SAFETY: as above, of `o` values.
                 unsafe {
                     let out = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
-                    transform::<GradientAxis<W>, S, T, W, OUT>(simd, &gradients, channel, out, self.words * o);
+                    let (tiles, stride) =
+                        (gradients.each_ref().map(|pixels| Pixels { pixels, channel }), gradients_len);
+                    transform_words::<GradientAxis<W>, S, W, OUT, IN>(simd, tiles, &mut room, out, stride);
                 }
             }
         }
     }
-}
-
-/// A vector of the channels of a word's tiles; position `p` goes to word `p * stride` from `out` on.
-///
-/// # Safety
-/// Pixels have a vector of channels from `channel` on, and `out` room for a vector of words at each position.
-#[inline(always)]
-unsafe fn transform<X: Axis<A, IN>, S: Simd, T: Float, W: Float, const A: usize>(
-    simd: S,
-    tiles: &[[[&[T]; A]; A]; 2],
-    channel: usize,
-    out: *mut W,
-    stride: usize,
-) {
-    // SAFETY: the contract.
-    let load = |tile: usize, i: usize, j: usize| unsafe { T::load(simd, tiles[tile][i][j].as_ptr().add(channel)) };
-    let mut last = [simd.splat(0.0); POSITIONS];
-    if W::PER_WORD > 1 {
-        along_both::<X, S, A, IN>(simd, |i, j| load(1, i, j), |position, value| last[position] = value);
-    }
-    along_both::<X, S, A, IN>(
-        simd,
-        |i, j| load(0, i, j),
-        |position, value| {
-            // SAFETY: the contract.
-            unsafe { W::store_words(simd, out.add(position * stride * W::PER_WORD), value, last[position]) };
-        },
-    );
 }
 
 impl<T: Float, W: Float> Transform<'_, T, W> {
@@ -240,11 +218,9 @@ impl<W: Float> Task for FilterGradient<'_, W> {
             let at = channel / width * panel + channel % width;
             // SAFETY: as asserted, a vector from `channel` on is there at every position, and in every tap.
             unsafe {
-                let load = |i: usize, j: usize| simd.load(sums.as_ptr().add((i * IN + j) * position + at));
-                let out = filter.as_mut_ptr().add(channel);
-                along_both::<FilterGradientAxis<W>, S, IN, 3>(simd, load, |tap, value| {
-                    simd.store(out.add(tap * c), value)
-                });
+                let sums = Plane::<f32, IN> { first: sums.as_ptr().add(at).cast_mut(), stride: position };
+                let out = Plane::<f32, 3> { first: filter.as_mut_ptr().add(channel), stride: c };
+                along_both::<FilterGradientAxis<W>, S, IN, 3>(simd, sums, out);
             }
         }
     }

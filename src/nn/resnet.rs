@@ -2,6 +2,7 @@
 
 use super::layers::{BatchNorm2d, ConvBn, Linear};
 use super::parameter::Parameter;
+use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
@@ -154,8 +155,8 @@ impl ResNet18 {
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
         let split = Stage::Layer3.clamp(first, end);
-        let x = self.stages(x, first, split, training)?;
-        self.stages(&x, split, end, training)
+        let run = || self.stages(&self.stages(x, first, split, training)?, split, end, training);
+        if x.device() == Device::Cpu { on_a_worker(run) } else { run() }
     }
 
     /// [`ResNet18::backbone`] for stages of which as many pictures go through together.
@@ -304,6 +305,13 @@ impl ResNet18 {
             self.batch_norms(stage).for_each(|bn| bn.use_batch_statistics(batch(stage)));
         }
     }
+}
+
+/// Runs `body` on one of the threads that compute. Each operation would otherwise wake them and sleep itself, and with one picture
+/// that takes a good part of the time.
+fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    let recording = autograd::is_enabled();
+    rayon::scope(|_| if recording { body() } else { autograd::no_grad(body) })
 }
 
 fn check_images(images: &Tensor) -> Result<()> {

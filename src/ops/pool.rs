@@ -29,11 +29,18 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
     let [oh, ow] = shape.output();
     let dims = [n, oh, ow, c];
     let (y, places) = match x.device() {
+        // What needs no gradient needs no places.
+        Device::Cpu if !x.requires_grad() => {
+            let y = with_float!(x.dtype(), T => {
+                Tensor::build(dims, |y| cpu::pool::max_pool::<T>(x.as_slice(), &shape, y))
+            });
+            return Ok(y);
+        }
         Device::Cpu => {
             let mut y = None;
             let places = Tensor::build(dims, |places| {
                 y = Some(with_float!(x.dtype(), T => {
-                    Tensor::build(dims, |y| cpu::pool::max_pool::<T>(x.as_slice(), &shape, y, places))
+                    Tensor::build(dims, |y| cpu::pool::max_pool_with_places::<T>(x.as_slice(), &shape, y, places))
                 }));
             });
             (y.expect("just built"), places)
