@@ -43,7 +43,7 @@ pub struct PackedB<T = f32> {
 }
 
 /// Filters as the type of activations.
-fn narrowed<T: Float>(x: &[f32]) -> Cow<'_, [T]> {
+pub(super) fn narrowed<T: Float>(x: &[f32]) -> Cow<'_, [T]> {
     if T::PER_WORD == 1 {
         return Cow::Borrowed(bytemuck::cast_slice(x));
     }

@@ -10,8 +10,9 @@
 
 use super::conv::ConvShape;
 use super::float::Float;
-use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS};
+use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS, narrowed};
 use super::simd::{Isa, Simd, Task, dispatch};
+use super::winograd::zeros;
 use super::winograd_parts::{CLASSES, Part, Place, spread};
 use super::winograd_points::*;
 use super::winograd_transforms::*;
@@ -51,13 +52,14 @@ impl<W: Float> StripFilter<W> {
 
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        let filter = &*narrowed::<W>(filter);
         Self::pack(isa, filter, c, o, |channels, columns, out| {
             for (i, column) in columns.enumerate() {
                 for tap in 0..TAPS * TAPS {
                     let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
                     let words = out[tap * Self::TAP + i * W::PER_WORD..].chunks_mut(Self::WORD);
                     for (out, values) in words.zip(values.chunks_exact(W::PER_WORD)) {
-                        out.iter_mut().zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
+                        out[..W::PER_WORD].copy_from_slice(values);
                     }
                 }
             }
@@ -67,6 +69,7 @@ impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged.
     pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
+        let filter = &*narrowed::<W>(filter);
         Self::pack(isa, filter, o, c, |channels, columns, out| {
             for (i, channel) in channels.enumerate() {
                 let (word, lane) = (i / W::PER_WORD, i % W::PER_WORD);
@@ -74,7 +77,7 @@ impl<W: Float> StripFilter<W> {
                     let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
                     let values = &filter[start..][columns.clone()];
                     let out = out[lane..].iter_mut().step_by(W::PER_WORD);
-                    out.zip(values).for_each(|(out, &value)| *out = W::from_f32(value));
+                    out.zip(values).for_each(|(out, &value)| *out = value);
                 }
             }
         })
@@ -83,7 +86,7 @@ impl<W: Float> StripFilter<W> {
     /// From `c` to `o` channels; `copy(channels, columns, out)` fills some channels of a strip.
     fn pack(
         isa: Isa,
-        filter: &[f32],
+        filter: &[W],
         c: usize,
         o: usize,
         copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
@@ -178,11 +181,12 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        let mut room = Room::new();
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
-            let mut room = Room::new();
+            let pixels = self.pixels(tile);
             for channel in (0..self.shape.c).step_by(S::LANES) {
-                with_outputs!(down, M => self.transform_columns::<S, M>(simd, tile, channel, across, &mut room));
+                with_outputs!(down, M => self.transform_columns::<S, M>(simd, &pixels, channel, across, &mut room));
                 with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
             }
         }
@@ -190,26 +194,32 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
 }
 
 impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
+    /// Where the pixels begin that a tile sees, column by column; those on the padding read zeros.
+    #[inline(always)]
+    fn pixels(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
+        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
+        std::array::from_fn(|j| {
+            std::array::from_fn(|i| match ((STRIDE * top + i).checked_sub(1), (STRIDE * left + j).checked_sub(1)) {
+                (Some(y), Some(x)) if y < h && x < w => &self.x[((image * h + y) * w + x) * c..][..c],
+                _ => zeros(c),
+            })
+        })
+    }
+
     /// Along the columns of a tile of `M` outputs down, to the room.
     #[inline(always)]
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        tile: usize,
+        pixels: &[[&[T]; MAX]; MAX],
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
-        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
-        let image = &self.x[image * h * w * c..][..h * w * c];
-        for j in 0..inputs(axis(STRIDE), across) {
-            let column = (STRIDE * left + j).checked_sub(1).filter(|&x| x < w);
-            let column = vectors!(simd, inputs(axis(STRIDE), M), I => match (column, (STRIDE * top + I).checked_sub(1)) {
-                // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
-                (Some(x), Some(y)) if y < h => unsafe {
-                    T::load(simd, image[(y * w + x) * c..][..c].as_ptr().add(channel))
-                },
-                _ => simd.splat(0.0),
+        for (j, pixels) in pixels.iter().enumerate().take(inputs(axis(STRIDE), across)) {
+            // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
+            let column = vectors!(simd, inputs(axis(STRIDE), M), I => unsafe {
+                T::load(simd, pixels[I].as_ptr().add(channel))
             });
             let values = transform_input::<S, W, STRIDE, M>(simd, &column);
             let room = room.at::<S>(0, j);
@@ -290,23 +300,20 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Strip<'_, T, W, STRIDE> {
         let mut room = Room::new();
         for tile in 0..self.part.places.len() {
             let [down, right] = self.part.outputs[self.part.class_of(tile)];
+            // Where the positions have the tile.
+            let class = self.part.class_of(tile);
+            let row = tile - self.part.classes[class].start;
+            let starts: [usize; VALUES * VALUES] = std::array::from_fn(|position| {
+                let first = first.get(position).map_or(0, |first| first[class]);
+                position * position_len + (first + row) * width
+            });
             for column in (0..columns).step_by(S::LANES) {
-                let sums = Sums { values: &sums, first: &first, position_len, column };
-                with_outputs!(down, M => self.transform_columns::<S, M>(simd, tile, &sums, right, &mut room));
+                let sums = &sums[column / width * self.part.room() * width + column % width..];
+                with_outputs!(down, M => self.transform_columns::<S, M>(simd, sums, &starts, right, &mut room));
                 with_outputs!(right, M => self.transform_rows::<S, M>(simd, tile, column, down, &mut room));
             }
         }
     }
-}
-
-/// Where the sums of a task are, and the column that is wanted of them.
-struct Sums<'a> {
-    values: &'a [f32],
-    /// For each position, which of the tiles that have it is the first of each class.
-    first: &'a [[usize; CLASSES]],
-    /// Values of a position.
-    position_len: usize,
-    column: usize,
 }
 
 impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
@@ -353,8 +360,10 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         let words = depth / W::PER_WORD;
         let panels = columns.div_ceil(width);
         // The tiles that have the position, with their class.
-        let tiles: Vec<[usize; 2]> =
-            self.part.at::<STRIDE>([i, j]).flat_map(|(class, tiles)| tiles.map(move |tile| [class, tile])).collect();
+        let mut tiles: Vec<[usize; 2]> = Vec::with_capacity(self.part.places.len());
+        for (class, range) in self.part.at::<STRIDE>([i, j]) {
+            tiles.extend(range.map(|tile| [class, tile]));
+        }
         let meet =
             |position: usize| (0..slots(axis(STRIDE))).filter(move |&slot| position_of(axis(STRIDE), slot) == position);
         for (row, slot) in meet(i).flat_map(|row| meet(j).map(move |slot| (row, slot))) {
@@ -399,27 +408,21 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         }
     }
 
-    /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
+    /// `A^T m` along the columns of a tile of `M` outputs down, to the room; `starts` says where in `sums` each position has it.
     #[inline(always)]
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        tile: usize,
-        sums: &Sums,
+        sums: &[f32],
+        starts: &[usize; VALUES * VALUES],
         across: usize,
         room: &mut Room,
     ) {
-        let width = S::LANES * S::VECTORS;
-        let class = self.part.class_of(tile);
-        let row = tile - self.part.classes[class].start;
-        let (all, panel) = (positions(axis(STRIDE), OUTPUTS), sums.column / width);
+        let all = positions(axis(STRIDE), OUTPUTS);
         for j in 0..positions(axis(STRIDE), across) {
-            let column = vectors!(simd, positions(axis(STRIDE), M), I => {
-                let (position, row) = (I * all + j, sums.first[I * all + j][class] + row);
-                let row = panel * self.part.room() + row;
-                let at = position * sums.position_len + row * width + sums.column % width;
-                // SAFETY: checked by the slice.
-                unsafe { simd.load(sums.values[at..][..S::LANES].as_ptr()) }
+            // SAFETY: checked by the slice.
+            let column = vectors!(simd, positions(axis(STRIDE), M), I => unsafe {
+                simd.load(sums[starts[I * all + j]..][..S::LANES].as_ptr())
             });
             let outputs = transform_output::<S, W, STRIDE, M>(simd, &column);
             let room = room.at::<S>(0, j);

@@ -14,9 +14,9 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
-/// Pictures that go through frozen stages below layer3 together on the CPU: more are no faster, and their activations take more
-/// memory.
-const TOGETHER: usize = 8;
+/// Pictures that go through frozen stages below layer3 together on the CPU: what the first layer gives for more does not stay in the
+/// last cache until it is pooled.
+const TOGETHER: usize = 4;
 /// The same from layer3 on, where activations are small, and filters large and transformed for each group.
 const TOGETHER_ABOVE: usize = 32;
 
