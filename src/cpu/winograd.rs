@@ -1,13 +1,13 @@
-//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications, or at four ninths.
+//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications.
 //!
 //! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
 //! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
-//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. F(2x2, 3x3) takes 16
-//! products instead of 36. The transforms add and subtract; they cost the more the fewer filters share a transformed input.
+//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. The transforms cost the more the
+//! fewer filters share a transformed input.
 //!
 //! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
-//! Transforms and products are f32 whatever the type of activations: products of bf16 would lose two digits in F(4x4, 3x3),
-//! and a quarter of the products in f32 takes less time than all of them in bf16.
+//! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them; the points of
+//! interpolation, [`Float::POINTS`], are then those at which rounding transformed values costs least. Elsewhere they are f32 too.
 
 use super::conv::ConvShape;
 use super::float::Float;
