@@ -77,8 +77,8 @@ const CASES: [(&str, [usize; 8]); 5] = [
 
 /// The CPU's kernels.
 pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
-    let precisions = [("f32", DType::F32, [1e-5, 1e-5]), ("bf16", DType::BF16, [4e-3, 8e-3])];
-    for (precision, dtype, [tolerance, fused_tolerance]) in precisions {
+    // Winograd's algorithm rounds transformed values to bf16 too, and its sums amplify that.
+    for (precision, dtype, tolerance) in [("f32", DType::F32, 1e-5), ("bf16", DType::BF16, 2e-2)] {
         for (name, [n, h, w, c, o, k, stride, padding]) in CASES {
             let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
             let (x, filter) = (rounded(random(&[n, h, w, c], 1))?, rounded(random(&[o, k, k, c], 2))?);
@@ -91,7 +91,7 @@ pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
             let fused = FusedConv2d::new(&filter, &vec![1.0; o], &vec![0.0; o], params, dtype)?;
             let got = ops::fused_conv2d(&x, &fused, None, false)?.to_f32_vec()?;
             let error = relative(&got, want.iter().copied());
-            tell(Check { name: format!("cpu {precision} fused conv {name}"), error, tolerance: fused_tolerance });
+            tell(Check { name: format!("cpu {precision} fused conv {name}"), error, tolerance });
         }
     }
     Ok(())

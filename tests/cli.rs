@@ -339,3 +339,15 @@ fn runs_go_to_a_dated_folder_by_default() {
     runs.sort();
     assert!(runs.len() == 2 && runs[0].starts_with("20") && runs[1].ends_with("-2"), "{runs:?}");
 }
+
+/// Under every instruction set of the machine; on a card, if there is one, as well.
+#[test]
+fn doctor_finds_every_kernel_right() {
+    for isa in ["portable", "avx2", "avx512", "avx512bf16", "amx-emulated"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hone"));
+        let output = command.arg("doctor").env("HONE_ISA", isa).output().unwrap();
+        let lines = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{isa}: {lines}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(lines.contains("cpu bf16 fused conv 3x3") && !lines.contains("WRONG"), "{isa}: {lines}");
+    }
+}
