@@ -69,6 +69,15 @@ impl ConvShape {
         ]
     }
 
+    /// Panics unless the input has `input` values and the output `output`.
+    pub(super) fn check(&self, input: usize, output: usize) {
+        let [oh, ow] = self.output();
+        assert!(
+            input == self.n * self.h * self.w * self.c && output == self.n * oh * ow * self.o,
+            "buffers fit the shape"
+        );
+    }
+
     /// Multiply-adds of one pass over it, padding included.
     pub fn multiply_adds(&self) -> usize {
         let [oh, ow] = self.output();

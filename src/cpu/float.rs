@@ -20,7 +20,7 @@ pub trait Float: Element + Default + PartialOrd {
     const NEG_INFINITY: Self;
     /// Where Winograd's algorithm evaluates polynomials whose values are of this type: plus and minus the first, plus and minus the
     /// second, besides zero and infinity. For f32 those whose powers are the simplest. For bf16 those at which the rounding of
-    /// values costs least, 0.8 % of a sum and not 2.5 %, for then they are all of about the same size.
+    /// values costs least, 1.1 % of a sum and not 2.5 %, for then they are all of about the same size.
     const POINTS: [f32; 2];
 
     /// Rounded to the nearest.

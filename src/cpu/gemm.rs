@@ -144,6 +144,12 @@ pub struct Epilogue<'a, T = f32> {
 }
 
 impl<T: Float> Epilogue<'_, T> {
+    /// Panics unless it fits a result of `columns` columns and `values` values.
+    pub(super) fn check(&self, columns: usize, values: usize) {
+        assert!(self.bias.is_none_or(|bias| bias.len() == columns), "one bias a column");
+        assert!(self.residual.is_none_or(|residual| residual.len() == values), "the residual is shaped as the result");
+    }
+
     /// Finishes a vector of sums and stores it at `c[at..]`; `bias` is that of its columns.
     ///
     /// # Safety
@@ -178,8 +184,7 @@ pub fn multiply<T: Float>(a: &[T], gather: &Gather, b: &PackedB<T>, c: &mut [T],
     gather.check(a.len(), c.len() / b.columns.max(1));
     assert_eq!(gather.depth(), b.depth, "inner extents agree");
     assert!(gather.run.is_multiple_of(T::PER_WORD), "runs are whole words");
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == b.columns), "one bias a column");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == c.len()), "the residual is shaped as the result");
+    epilogue.check(b.columns, c.len());
     let rows = gather.rows();
     if rows == 0 || b.columns == 0 {
         return;
@@ -338,7 +343,33 @@ pub(super) struct Tile<'a, T> {
     pub(super) epilogue: Epilogue<'a, T>,
 }
 
-impl<T: Float> Tile<'_, T> {
+impl<'a, T: Float> Tile<'a, T> {
+    /// A tile that goes through all `words` of a run and leaves its sums.
+    #[inline(always)]
+    pub(super) fn of_sums(
+        runs: &'a [[*const f32; TILE_ROWS]],
+        words: usize,
+        b: &[T],
+        [rows, columns]: [usize; 2],
+        sums: *mut f32,
+    ) -> Self {
+        Tile {
+            runs,
+            words,
+            first: 0,
+            step: 1,
+            b: b.as_ptr().cast(),
+            c: std::ptr::null_mut(),
+            targets: &[0; TILE_ROWS],
+            rows,
+            column: 0,
+            columns,
+            before: None,
+            after: Some(sums),
+            epilogue: Epilogue::default(),
+        }
+    }
+
     /// Chooses the kernel for the rows and the vectors that the columns need.
     ///
     /// # Safety

@@ -163,8 +163,7 @@ pub fn multiply<U: Tiles, T: Float>(
 ) {
     gather.check(a.len(), c.len() / b.columns.max(1));
     assert_eq!(gather.depth(), b.depth, "inner extents agree");
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == b.columns), "one bias a column");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == c.len()), "the residual is shaped as the result");
+    epilogue.check(b.columns, c.len());
     let rows = gather.rows();
     let out = Output::new(c);
     (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|block| {

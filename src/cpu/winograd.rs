@@ -170,6 +170,16 @@ pub(super) fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
     &bytemuck::cast_slice(&ZEROS)[..channels]
 }
 
+/// The channels of a pixel of the input, by its place in the image with its padding of one.
+#[inline(always)]
+pub(super) fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
+    let ConvShape { h, w, c, .. } = *shape;
+    match (row.checked_sub(1), column.checked_sub(1)) {
+        (Some(row), Some(column)) if row < h && column < w => &x[((image * h + row) * w + column) * c..][..c],
+        _ => zeros(c),
+    }
+}
+
 /// The tiles of a convolution's output.
 #[derive(Clone, Copy)]
 pub(super) struct TileGrid {
@@ -196,14 +206,8 @@ impl TileGrid {
     /// Where the pixels begin that a tile sees; those on the padding read zeros.
     #[inline(always)]
     pub(super) fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
-        let ConvShape { h, w, c, .. } = *shape;
         let [n, top, left] = self.place(tile);
-        std::array::from_fn(|i| {
-            std::array::from_fn(|j| match ((top + i).checked_sub(1), (left + j).checked_sub(1)) {
-                (Some(y), Some(x_at)) if y < h && x_at < w => &x[((n * h + y) * w + x_at) * c..][..c],
-                _ => zeros(c),
-            })
-        })
+        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, n, [top + i, left + j])))
     }
 
     /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
@@ -239,11 +243,9 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
-    assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
+    shape.check(x.len(), y.len());
+    epilogue.check(shape.o, y.len());
     let grid = TileGrid::new(shape);
     let tiles = grid.count();
     if tiles == 0 {
@@ -320,21 +322,8 @@ fn multiply_panel<S: Simd, W: Float>(simd: S, a: &[W], depth: usize, b: &[W], c:
     assert!(b.len() >= depth * width && c.len() >= rows.next_multiple_of(TILE_ROWS) * width);
     for start in (0..rows).step_by(TILE_ROWS) {
         let runs = [std::array::from_fn(|lane| a[(start + lane).min(rows - 1) * depth..][..depth].as_ptr().cast())];
-        let tile = Tile::<W> {
-            runs: &runs,
-            words: depth / W::PER_WORD,
-            first: 0,
-            step: 1,
-            b: b.as_ptr().cast(),
-            c: std::ptr::null_mut(),
-            targets: &[0; TILE_ROWS],
-            rows: TILE_ROWS.min(rows - start),
-            column: 0,
-            columns,
-            before: None,
-            after: Some(c[start * width..].as_mut_ptr()),
-            epilogue: Epilogue::default(),
-        };
+        let sums = c[start * width..].as_mut_ptr();
+        let tile = Tile::of_sums(&runs, depth / W::PER_WORD, b, [TILE_ROWS.min(rows - start), columns], sums);
         // SAFETY: runs are `depth` long, `b` has as many full rows, and `c` room for a full tile from there on.
         unsafe { tile.compute(simd) };
     }

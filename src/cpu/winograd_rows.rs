@@ -104,11 +104,10 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let [oh, ow] = shape.output();
+    let oh = shape.output()[0];
     assert_eq!((shape.c, shape.o, shape.kw, shape.stride[1]), (filter.c, filter.o, TAPS, AXIS.stride));
-    assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
+    shape.check(x.len(), y.len());
+    epilogue.check(shape.o, y.len());
     let blocks = oh.div_ceil(ROWS);
     let out = Output::new(y);
     (0..shape.n * blocks).into_par_iter().for_each(|task| {
@@ -200,21 +199,9 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                 assert!(b.len() >= kh * words * row && position + (words - 1) * step < pixel / W::PER_WORD);
                 let groups = runs.chunks_exact(kh).zip(sums.chunks_exact_mut(TILE_ROWS * width));
                 for (start, (runs, sums)) in (0..count).step_by(TILE_ROWS).zip(groups) {
-                    let tile = Tile::<W> {
-                        runs,
-                        words,
-                        first: position,
-                        step,
-                        b: b.as_ptr().cast(),
-                        c: std::ptr::null_mut(),
-                        targets: &[0; TILE_ROWS],
-                        rows: TILE_ROWS.min(count - start),
-                        column: 0,
-                        columns,
-                        before: None,
-                        after: Some(sums.as_mut_ptr()),
-                        epilogue: Epilogue::default(),
-                    };
+                    let extents = [TILE_ROWS.min(count - start), columns];
+                    let tile =
+                        Tile { first: position, step, ..Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr()) };
                     // SAFETY: runs lie within a transformed pixel and `b` has as many rows as they have words, as asserted; there
                     // is a full tile of sums.
                     unsafe { tile.compute(simd) };

@@ -12,7 +12,7 @@ use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS, narrowed};
 use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd::zeros;
+use super::winograd::pixel;
 use super::winograd_parts::{CLASSES, Part, Place, spread};
 use super::winograd_points::*;
 use super::winograd_transforms::*;
@@ -117,11 +117,9 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let [oh, ow] = shape.output();
     assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
-    assert!(x.len() == shape.n * shape.h * shape.w * shape.c && y.len() == shape.n * oh * ow * shape.o);
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.o), "one bias a channel");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual for each output");
+    shape.check(x.len(), y.len());
+    epilogue.check(shape.o, y.len());
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
     match shape.stride {
         [1, 1] => forward_strided::<T, W, 1>(x, filter, shape, epilogue, y),
@@ -197,13 +195,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
     /// Where the pixels begin that a tile sees, column by column; those on the padding read zeros.
     #[inline(always)]
     fn pixels(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
-        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
-        std::array::from_fn(|j| {
-            std::array::from_fn(|i| match ((STRIDE * top + i).checked_sub(1), (STRIDE * left + j).checked_sub(1)) {
-                (Some(y), Some(x)) if y < h && x < w => &self.x[((image * h + y) * w + x) * c..][..c],
-                _ => zeros(c),
-            })
-        })
+        let Place { image, top, left } = self.part.places[tile];
+        let at = |i, j| pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]);
+        std::array::from_fn(|j| std::array::from_fn(|i| at(i, j)))
     }
 
     /// Along the columns of a tile of `M` outputs down, to the room.
@@ -379,28 +373,16 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
                 let b = &filters[panel * depth * width..][..depth * width];
                 for start in (0..tiles.len()).step_by(TILE_ROWS) {
                     let sums = sums[start * width..][..TILE_ROWS * width].as_mut_ptr();
-                    let runs: [*const f32; TILE_ROWS] = std::array::from_fn(|lane| {
+                    let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
                         let [class, tile] = tiles[(start + lane).min(tiles.len() - 1)];
                         match starts[class] {
                             Some(start) => self.inputs[start + tile * c..][..depth].as_ptr().cast(),
                             None => ZEROS[..words].as_ptr(),
                         }
-                    });
-                    let tile = Tile::<W> {
-                        runs: &[runs],
-                        words,
-                        first: 0,
-                        step: 1,
-                        b: b.as_ptr().cast(),
-                        c: std::ptr::null_mut(),
-                        targets: &[0; TILE_ROWS],
-                        rows: TILE_ROWS.min(tiles.len() - start),
-                        column: 0,
-                        columns: width.min(columns - panel * width),
-                        before: (!first).then_some(sums),
-                        after: Some(sums),
-                        epilogue: Epilogue::default(),
-                    };
+                    })];
+                    let extents = [TILE_ROWS.min(tiles.len() - start), width.min(columns - panel * width)];
+                    let tile =
+                        Tile { before: (!first).then_some(sums), ..Tile::of_sums(&runs, words, b, extents, sums) };
                     // SAFETY: runs are readable for `words`, `b` has as many full rows, and there is a full tile of sums.
                     unsafe { tile.compute(simd) };
                 }

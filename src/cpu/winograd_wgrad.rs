@@ -51,8 +51,7 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
 /// [`backward_filter`] with products of type `W`.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     let (c, o) = (shape.c, shape.o);
-    let [oh, ow] = shape.output();
-    assert!(x.len() == shape.n * shape.h * shape.w * c && dy.len() == shape.n * oh * ow * o);
+    shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
     let grid = TileGrid::new(shape);
     let width = isa.tile_columns();
