@@ -142,9 +142,10 @@ proptest! {
         let want: Vec<u8> = (top..top + crop as usize)
             .flat_map(|y| whole[(y * side as usize + left) * 3..][..crop as usize * 3].to_vec())
             .collect();
-        // The resize chooses the precision of its weights by the largest of them, which may be outside the crop.
+        // The resize chooses the precision of its weights by the largest of them, which may be outside the crop. So rows may
+        // round to a neighbour, and columns, sums of such rows, to one more.
         let (mean, most) = difference(&preprocess.apply(&picture).unwrap(), &want);
-        prop_assert!(mean <= 0.5 && most <= 1, "mean {mean}, most {most}");
+        prop_assert!(mean <= 0.5 && most <= 2, "mean {mean}, most {most}");
     }
 
     #[test]
