@@ -25,6 +25,7 @@ unsafe impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const VECTORS: usize = 2;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {

@@ -37,6 +37,7 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = __m512;
     const LANES: usize = 16;
     const VECTORS: usize = 4;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -120,17 +121,26 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
-    unsafe fn store_pairs(self, p: *mut bf16, low: __m512, high: __m512) {
-        // SAFETY: `self` proves the features; the caller vouches for `p`.
+    fn pairs(self, low: __m512, high: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
         unsafe {
             if BF16 {
                 // Lane `2 i` of the result is `i` of the lower half, lane `2 i + 1` is `i` of the upper half.
                 let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
                 let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                return _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(order, halves));
+                return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
             }
             let upper = _mm512_and_si512(rounded_bits(high), _mm512_set1_epi32(-1 << 16));
-            _mm512_storeu_si512(p.cast(), _mm512_or_si512(upper, _mm512_srli_epi32::<16>(rounded_bits(low))));
+            _mm512_castsi512_ps(_mm512_or_si512(upper, _mm512_srli_epi32::<16>(rounded_bits(low))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(self, p: *const bf16) -> [__m512; 2] {
+        // SAFETY: `self` proves the feature; the caller vouches for `p`.
+        unsafe {
+            let pairs = _mm512_loadu_si512(p.cast());
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(-1 << 16));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
         }
     }
 }

@@ -40,12 +40,23 @@ pub trait Float: Element + Default + PartialOrd {
     /// `p` is valid for writing `S::LANES` values.
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
 
-    /// A vector of words to `p`, the first of whose values come from `first` and the last from `last`, rounded; where a word
-    /// is one value, that is `first`.
+    /// The first and the last values of a vector of words from `p`; where a word is one value, both are that.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `S::LANES` words.
+    unsafe fn load_words<S: Simd>(simd: S, p: *const Self) -> [S::V; 2];
+    /// A vector of words, the first of whose values come from `first` and the last from `last`, rounded; where a word is one value,
+    /// that is `first`.
+    fn words<S: Simd>(simd: S, first: S::V, last: S::V) -> S::V;
+    /// [`Float::words`] to `p`.
     ///
     /// # Safety
     /// `p` is valid for writing `S::LANES` words.
-    unsafe fn store_words<S: Simd>(simd: S, p: *mut Self, first: S::V, last: S::V);
+    #[inline(always)]
+    unsafe fn store_words<S: Simd>(simd: S, p: *mut Self, first: S::V, last: S::V) {
+        // SAFETY: the caller vouches for `p`, where a word has 32 bits.
+        unsafe { simd.store(p.cast(), Self::words(simd, first, last)) }
+    }
 
     /// The words that hold one value of each of `PER_WORD` rows.
     fn interleave(rows: &[&[Self]], out: &mut [Self]);
@@ -86,9 +97,13 @@ impl Float for f32 {
         unsafe { simd.store(p, v) }
     }
     #[inline(always)]
-    unsafe fn store_words<S: Simd>(simd: S, p: *mut f32, first: S::V, _last: S::V) {
+    fn words<S: Simd>(_simd: S, first: S::V, _last: S::V) -> S::V {
+        first
+    }
+    #[inline(always)]
+    unsafe fn load_words<S: Simd>(simd: S, p: *const f32) -> [S::V; 2] {
         // SAFETY: the caller vouches for `p`.
-        unsafe { simd.store(p, first) }
+        [unsafe { simd.load(p) }; 2]
     }
     #[inline(always)]
     fn interleave(rows: &[&[f32]], out: &mut [f32]) {
@@ -134,9 +149,13 @@ impl Float for bf16 {
         unsafe { simd.store_bf16(p, v) }
     }
     #[inline(always)]
-    unsafe fn store_words<S: Simd>(simd: S, p: *mut bf16, first: S::V, last: S::V) {
+    fn words<S: Simd>(simd: S, first: S::V, last: S::V) -> S::V {
+        simd.pairs(first, last)
+    }
+    #[inline(always)]
+    unsafe fn load_words<S: Simd>(simd: S, p: *const bf16) -> [S::V; 2] {
         // SAFETY: the caller vouches for `p`.
-        unsafe { simd.store_pairs(p, first, last) }
+        unsafe { simd.load_pairs(p) }
     }
     #[inline(always)]
     fn interleave(rows: &[&[bf16]], out: &mut [bf16]) {

@@ -19,6 +19,7 @@ unsafe impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const VECTORS: usize = 4;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {

@@ -18,6 +18,7 @@ unsafe impl Simd for Portable {
     type V = [f32; 4];
     const LANES: usize = 4;
     const VECTORS: usize = 2;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; 4] {
@@ -81,6 +82,7 @@ unsafe impl Simd for Scalar {
     type V = f32;
     const LANES: usize = 1;
     const VECTORS: usize = 1;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn splat(self, x: f32) -> f32 {

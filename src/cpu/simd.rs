@@ -113,6 +113,14 @@ impl Isa {
         }
     }
 
+    /// Vector registers.
+    pub(super) fn registers(self) -> usize {
+        match self.vectors() {
+            Isa::Portable | Isa::Avx2 => 16,
+            _ => 32,
+        }
+    }
+
     /// Columns of a micro-kernel's tile: the vectors of a row times the lanes of a vector.
     pub fn tile_columns(self) -> usize {
         match self.vectors() {
@@ -141,6 +149,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Registers in a row of the micro-kernel's tile, so that the tile fills the register file.
     const VECTORS: usize;
+    /// Vector registers there are.
+    const REGISTERS: usize;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -173,22 +183,37 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` bf16.
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
-    /// `LANES` pairs to `p`, each of a value of `low` and one of `high`, rounded as by [`Simd::store_bf16`].
+    /// The first and the second values of `LANES` pairs from `p`, widened.
     ///
     /// # Safety
-    /// `p` is valid for writing `2 * LANES` bf16.
+    /// `p` is valid for reading `2 * LANES` bf16.
     #[inline(always)]
-    unsafe fn store_pairs(self, p: *mut bf16, low: Self::V, high: Self::V) {
+    unsafe fn load_pairs(self, p: *const bf16) -> [Self::V; 2] {
         const { assert!(Self::LANES <= 16) };
-        let mut rows = [[bf16::ZERO; 16]; 2];
+        let mut rows = [[0.0; 16]; 2];
         // SAFETY: there is room for 16 lanes; the caller vouches for `p`.
+        unsafe {
+            for lane in 0..Self::LANES {
+                rows[0][lane] = p.add(2 * lane).read().to_f32();
+                rows[1][lane] = p.add(2 * lane + 1).read().to_f32();
+            }
+            [self.load(rows[0].as_ptr()), self.load(rows[1].as_ptr())]
+        }
+    }
+    /// Pairs of bf16, each of a value of `low` and one of `high`, rounded as by [`Simd::store_bf16`].
+    #[inline(always)]
+    fn pairs(self, low: Self::V, high: Self::V) -> Self::V {
+        const { assert!(Self::LANES <= 16) };
+        let (mut rows, mut pairs) = ([[bf16::ZERO; 16]; 2], [0.0; 16]);
+        // SAFETY: there is room for 16 lanes.
         unsafe {
             self.store_bf16(rows[0].as_mut_ptr(), low);
             self.store_bf16(rows[1].as_mut_ptr(), high);
-            for (lane, (&low, &high)) in rows[0].iter().zip(&rows[1]).enumerate().take(Self::LANES) {
-                p.add(2 * lane).write(low);
-                p.add(2 * lane + 1).write(high);
+            for (lane, pair) in pairs.iter_mut().enumerate().take(Self::LANES) {
+                let [low, high] = rows.map(|row| u32::from(row[lane].to_bits()));
+                *pair = f32::from_bits(low | high << 16);
             }
+            self.load(pairs.as_ptr())
         }
     }
     /// `v`, but zero where `y` is zero or less.

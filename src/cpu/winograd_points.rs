@@ -37,13 +37,18 @@ const fn phase_taps(axis: Axis, phase: usize) -> usize {
 }
 
 /// Slots of the phases before `phase`.
-const fn first_slot(axis: Axis, phase: usize) -> usize {
+pub(super) const fn first_slot(axis: Axis, phase: usize) -> usize {
     let (mut slots, mut before) = (0, 0);
     while before < phase {
-        slots += OUTPUTS + phase_taps(axis, before) - 1;
+        slots += phase_slots(axis, before);
         before += 1;
     }
     slots
+}
+
+/// Slots of a phase of a whole tile.
+pub(super) const fn phase_slots(axis: Axis, phase: usize) -> usize {
+    OUTPUTS + phase_taps(axis, phase) - 1
 }
 
 /// Slots of a whole tile.

@@ -56,7 +56,10 @@ fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N])
 
 /// `G g` along an axis: the values of a filter at the points.
 #[inline(always)]
-fn filter_values<S: Simd, W: Float, const STRIDE: usize>(simd: S, [a, b, c]: [S::V; TAPS]) -> [S::V; VALUES] {
+pub(super) fn filter_values<S: Simd, W: Float, const STRIDE: usize>(
+    simd: S,
+    [a, b, c]: [S::V; TAPS],
+) -> [S::V; VALUES] {
     let [near, far] = W::POINTS;
     let times = |factor: f32, x: S::V, y: S::V| simd.mul_add(simd.splat(factor), x, y);
     if STRIDE == 1 {

@@ -319,20 +319,32 @@ fn winograd_is_for_what_it_suits() {
 /// A picture's outputs are the same bits alone and in company, whatever the algorithm.
 #[test]
 fn company_changes_no_bit() {
-    for (c, o, h, stride) in [(64, 64, 9, 1), (3, 64, 20, 1), (512, 64, 3, 1), (256, 64, 14, 1), (64, 128, 14, 2)] {
-        let conv = FusedConv2d::new(
-            &tensor(&[o, 3, 3, c], 2),
-            &vec![1.0; o],
-            &vec![0.0; o],
-            Conv2dParams::new(stride, 1),
-            DType::F32,
-        );
-        let conv = conv.unwrap();
-        let batch = tensor(&[5, h, h, c], 1);
-        let all = fused_conv2d(&batch, &conv, None, false).unwrap().to_vec::<f32>();
-        let alone = Tensor::from_slice(&batch.as_slice::<f32>()[3 * h * h * c..][..h * h * c], [1, h, h, c]).unwrap();
-        let alone = fused_conv2d(&alone, &conv, None, false).unwrap().to_vec::<f32>();
-        let outputs = alone.len();
-        assert_eq!(alone, all[3 * outputs..][..outputs], "{c} channels, stride {stride}");
+    for (c, o, h, stride) in [
+        (64, 64, 9, 1),
+        (3, 64, 20, 1),
+        (512, 64, 3, 1),
+        (512, 80, 7, 1),
+        (256, 64, 14, 1),
+        (64, 128, 14, 2),
+        (256, 64, 13, 2),
+    ] {
+        for dtype in [DType::F32, DType::BF16] {
+            let params = Conv2dParams::new(stride, 1);
+            let conv =
+                FusedConv2d::new(&tensor(&[o, 3, 3, c], 2), &vec![1.0; o], &vec![0.0; o], params, dtype).unwrap();
+            let run = |x: Tensor| {
+                let y = fused_conv2d(&x.to_dtype(dtype).unwrap(), &conv, None, false).unwrap();
+                y.to_dtype(DType::F32).unwrap().to_vec::<f32>()
+            };
+            let batch = tensor(&[5, h, h, c], 1);
+            let all = run(batch.clone());
+            for n in 1..=2 {
+                let pictures = &batch.as_slice::<f32>()[3 * h * h * c..][..n * h * h * c];
+                let few = run(Tensor::from_slice(pictures, [n, h, h, c]).unwrap());
+                let outputs = few.len() / n;
+                let what = format!("{c} channels, stride {stride}, {n} pictures in {dtype:?}");
+                assert!(few == all[3 * outputs..][..n * outputs], "{what}");
+            }
+        }
     }
 }

@@ -1,0 +1,217 @@
+//! Tiles on both sides of the products: the transforms of their inputs, and of their sums to outputs.
+
+use super::conv::ConvShape;
+use super::float::Float;
+use super::gemm::{Epilogue, Output};
+use super::simd::{Simd, Task};
+use super::winograd::pixel;
+use super::winograd_parts::{Part, Place};
+use super::winograd_points::*;
+use super::winograd_transforms::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// How the transformed inputs of a part lie: values from one to the next.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
+    /// Slots down.
+    pub row: usize,
+    /// Slots across.
+    pub slot: usize,
+    pub tile: usize,
+    /// Words of channels.
+    pub word: usize,
+}
+
+/// `B^T d B` of some tiles of a part.
+pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
+    pub x: &'a [T],
+    pub shape: &'a ConvShape,
+    pub part: &'a Part,
+    pub tiles: Range<usize>,
+    /// All of the part's, which the tasks share.
+    pub to: &'a Output<W>,
+    pub layout: Layout,
+}
+
+impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut room = Room::new();
+        for tile in self.tiles.clone() {
+            let [down, across] = self.part.outputs[self.part.class_of(tile)];
+            let pixels = self.pixels(tile);
+            for channel in (0..self.shape.c).step_by(S::LANES) {
+                with_outputs!(down, M => self.transform_columns::<S, M>(simd, &pixels, channel, across, &mut room));
+                with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
+            }
+        }
+    }
+}
+
+impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
+    /// Where the pixels begin that a tile sees, column by column; those on the padding read zeros.
+    #[inline(always)]
+    fn pixels(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
+        let Place { image, top, left } = self.part.places[tile];
+        let at = |i, j| pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]);
+        std::array::from_fn(|j| std::array::from_fn(|i| at(i, j)))
+    }
+
+    /// Along the columns of a tile of `M` outputs down, to the room.
+    #[inline(always)]
+    fn transform_columns<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        pixels: &[[&[T]; MAX]; MAX],
+        channel: usize,
+        across: usize,
+        room: &mut Room,
+    ) {
+        for (j, pixels) in pixels.iter().enumerate().take(inputs(axis(STRIDE), across)) {
+            // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
+            let column = vectors!(simd, inputs(axis(STRIDE), M), I => unsafe {
+                T::load(simd, pixels[I].as_ptr().add(channel))
+            });
+            let values = transform_input::<S, W, STRIDE, M>(simd, &column);
+            let room = room.at::<S>(0, j);
+            unrolled!(SLOT => {
+                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                    // SAFETY: vectors `[slot, j]` of the room.
+                    unsafe { simd.store(room.add(SLOT * MAX * S::LANES), values[SLOT]) };
+                }
+            });
+        }
+    }
+
+    /// Along the rows that the room has of a tile of `M` outputs across.
+    #[inline(always)]
+    fn transform_rows<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        channel: usize,
+        down: usize,
+        room: &mut Room,
+    ) {
+        let Layout { row: row_step, slot: slot_step, tile: tile_step, word: word_step } = self.layout;
+        // Words that do not lie together go there one by one.
+        let together = word_step == W::PER_WORD;
+        let mut apart = [W::default(); MAX * LANES];
+        for row in (0..slots(axis(STRIDE))).filter(|&slot| has_slot(axis(STRIDE), down, slot)) {
+            let room = room.at::<S>(row, 0);
+            // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
+            let row_of_room =
+                vectors!(simd, inputs(axis(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
+            let values = transform_input::<S, W, STRIDE, M>(simd, &row_of_room);
+            let at = row * row_step + tile * tile_step + channel / W::PER_WORD * word_step;
+            let (first, step) = match together {
+                // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
+                true => (unsafe { self.to.pointer().add(at) }, slot_step),
+                false => (apart.as_mut_ptr(), S::LANES),
+            };
+            unrolled!(SLOT => {
+                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                    // SAFETY: as above; `apart` has a vector for each slot.
+                    unsafe { W::store(simd, first.add(SLOT * step), values[SLOT]) };
+                }
+            });
+            if together {
+                continue;
+            }
+            for (slot, vector) in apart.chunks_exact(S::LANES).enumerate().take(slots(axis(STRIDE))) {
+                for (i, word) in vector.chunks_exact(W::PER_WORD).enumerate() {
+                    // SAFETY: as above; a tile that lacks the slot may hold anything there.
+                    unsafe {
+                        let to = self.to.pointer().add(at + slot * slot_step + i * word_step);
+                        to.copy_from_nonoverlapping(word.as_ptr(), W::PER_WORD);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What becomes of the sums of a part.
+pub(super) struct Outputs<'a, T, W, const STRIDE: usize> {
+    pub part: &'a Part,
+    pub shape: &'a ConvShape,
+    pub epilogue: Epilogue<'a, T>,
+    pub y: &'a Output<T>,
+    pub transform: PhantomData<W>,
+}
+
+impl<T: Float, W: Float, const STRIDE: usize> Outputs<'_, T, W, STRIDE> {
+    /// `A^T m A` with the epilogue of a vector of a tile's channels; `starts` says where in `sums` each position has it.
+    #[inline(always)]
+    pub(super) fn finish<S: Simd>(
+        &self,
+        simd: S,
+        tile: usize,
+        channel: usize,
+        sums: &[f32],
+        starts: &[usize; VALUES * VALUES],
+        room: &mut Room,
+    ) {
+        let [down, across] = self.part.outputs[self.part.class_of(tile)];
+        with_outputs!(down, M => self.transform_columns::<S, M>(simd, sums, starts, across, room));
+        with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, room));
+    }
+
+    /// `A^T m` along the columns of a tile of `M` outputs down, to the room; `starts` says where in `sums` each position has it.
+    #[inline(always)]
+    fn transform_columns<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        sums: &[f32],
+        starts: &[usize; VALUES * VALUES],
+        across: usize,
+        room: &mut Room,
+    ) {
+        let all = positions(axis(STRIDE), OUTPUTS);
+        for j in 0..positions(axis(STRIDE), across) {
+            // SAFETY: checked by the slice.
+            let column = vectors!(simd, positions(axis(STRIDE), M), I => unsafe {
+                simd.load(sums[starts[I * all + j]..][..S::LANES].as_ptr())
+            });
+            let outputs = transform_output::<S, W, STRIDE, M>(simd, &column);
+            let room = room.at::<S>(0, j);
+            unrolled!(I => {
+                if I < M {
+                    // SAFETY: vectors `[output, j]` of the room.
+                    unsafe { simd.store(room.add(I * MAX * S::LANES), outputs[I]) };
+                }
+            });
+        }
+    }
+
+    /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
+    #[inline(always)]
+    fn transform_rows<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        tile: usize,
+        channel: usize,
+        down: usize,
+        room: &mut Room,
+    ) {
+        let (Place { image, top, left }, [oh, ow], o) = (self.part.places[tile], self.shape.output(), self.shape.o);
+        // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
+        let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
+        for i in 0..down {
+            let room = room.at::<S>(i, 0);
+            // SAFETY: the columns have stored a vector for each row of outputs and each position across.
+            let row = vectors!(simd, positions(axis(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
+            let outputs = transform_output::<S, W, STRIDE, M>(simd, &row);
+            let first = ((image * oh + top + i) * ow + left) * o + channel;
+            unrolled!(J => {
+                if J < M {
+                    // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
+                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), first + J * o) };
+                }
+            });
+        }
+    }
+}
