@@ -7,10 +7,7 @@ pub use super::gemm_tiles::Splitting;
 use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::simd::Isa;
-use super::winograd::{self, Algorithm, WinogradFilter};
-use super::winograd_rows::{self, RowFilter};
-use super::winograd_strips::{self, StripFilter};
-use super::winograd_wgrad;
+use super::winograd::{self, Algorithm, Winograd};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -168,41 +165,6 @@ pub enum PackedFilter<T> {
     Tiles(Isa, TileFilter),
 }
 
-/// Filters for Winograd's algorithm whose products are of type `W`.
-pub enum Winograd<W> {
-    /// Along rows alone.
-    Rows(RowFilter<W>),
-    /// Transformed beforehand.
-    Blocks(WinogradFilter<W>),
-    /// Transformed when they are used.
-    Strips(StripFilter<W>),
-}
-
-impl<W: Float> Winograd<W> {
-    fn new(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
-        match algorithm {
-            Algorithm::Rows => Winograd::Rows(RowFilter::new(isa, filter, shape)),
-            Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
-            _ => Winograd::Blocks(WinogradFilter::new(isa, filter, shape.o, shape.c)),
-        }
-    }
-
-    fn for_backward_input(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
-        match algorithm {
-            Algorithm::Strips => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
-            _ => Winograd::Blocks(WinogradFilter::for_backward_input(isa, filter, shape.o, shape.c)),
-        }
-    }
-
-    fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
-        match self {
-            Winograd::Rows(filter) => winograd_rows::forward(x, filter, shape, epilogue, y),
-            Winograd::Blocks(filter) => winograd::forward(x, filter, shape, epilogue, y),
-            Winograd::Strips(filter) => winograd_strips::forward(x, filter, shape, epilogue, y),
-        }
-    }
-}
-
 /// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` says what for: inference does with two parts where f32 is
 /// multiplied as bf16, and with Winograd's algorithm for the first layer. Training in f32 does not: a ReLU whose input is zero up to
 /// rounding passes its gradient or not, which a gradient far below sums up.
@@ -212,7 +174,7 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitt
         return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
     }
     // What is rounded to bf16 anyway gives no exact zero.
-    let rows = winograd_rows::suits(isa, shape) && (splitting == Splitting::Two || T::PER_WORD > 1);
+    let rows = winograd::rows::suits(isa, shape) && (splitting == Splitting::Two || T::PER_WORD > 1);
     let algorithm = if rows { Algorithm::Rows } else { winograd::algorithm::<T>(isa, shape, shape.c, shape.o) };
     match algorithm {
         Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
@@ -349,8 +311,8 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match winograd_wgrad::suits::<T>(isa, shape) {
-        true => winograd_wgrad::backward_filter(isa, x, dy, shape, dfilter),
+    match winograd::wgrad::suits::<T>(isa, shape) {
+        true => winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter),
         false => backward_filter_directly(isa, x, dy, shape, dfilter),
     }
 }

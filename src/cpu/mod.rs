@@ -25,15 +25,6 @@ pub mod pool;
 mod portable;
 mod simd;
 pub mod winograd;
-mod winograd_axes;
-mod winograd_few;
-mod winograd_parts;
-mod winograd_points;
-pub mod winograd_rows;
-pub mod winograd_strips;
-mod winograd_tiles;
-mod winograd_transforms;
-pub mod winograd_wgrad;
 
 pub use float::Float;
 pub use simd::Isa;

@@ -190,14 +190,14 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn load_pairs(self, p: *const bf16) -> [Self::V; 2] {
         const { assert!(Self::LANES <= 16) };
-        let mut rows = [[0.0; 16]; 2];
+        let [mut first, mut second] = [[0.0; 16]; 2];
         // SAFETY: there is room for 16 lanes; the caller vouches for `p`.
         unsafe {
-            for lane in 0..Self::LANES {
-                rows[0][lane] = p.add(2 * lane).read().to_f32();
-                rows[1][lane] = p.add(2 * lane + 1).read().to_f32();
+            for (lane, (first, second)) in first.iter_mut().zip(&mut second).enumerate().take(Self::LANES) {
+                *first = p.add(2 * lane).read().to_f32();
+                *second = p.add(2 * lane + 1).read().to_f32();
             }
-            [self.load(rows[0].as_ptr()), self.load(rows[1].as_ptr())]
+            [self.load(first.as_ptr()), self.load(second.as_ptr())]
         }
     }
     /// Pairs of bf16, each of a value of `low` and one of `high`, rounded as by [`Simd::store_bf16`].

@@ -3,9 +3,9 @@ use half::bf16;
 use hone::DType;
 use hone::cpu::conv::{self, ConvShape, Splitting};
 use hone::cpu::gemm::Epilogue;
-use hone::cpu::winograd::{self, Algorithm, WinogradFilter};
-use hone::cpu::winograd_strips::{self, StripFilter};
-use hone::cpu::winograd_wgrad;
+use hone::cpu::winograd::blocks::{self, BlockFilter};
+use hone::cpu::winograd::strips::{self, StripFilter};
+use hone::cpu::winograd::{self, Algorithm, wgrad};
 use hone::cpu::{Float, Isa};
 use hone::ops::{Conv2dParams, FusedConv2d, conv2d, fused_conv2d};
 use hone::{Error, Tensor};
@@ -237,25 +237,25 @@ fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o
             forward(epilogue, &mut y);
             assert_close(&y, &finished, tolerance, &name(&format!("{what} with epilogue")));
         };
-        let strips = StripFilter::<W>::new(isa, &w, o, c);
-        check("strips", &|epilogue, y| winograd_strips::forward(&x, &strips, &shape, epilogue, y));
+        let filter = StripFilter::<W>::new(isa, &w, o, c);
+        check("strips", &|epilogue, y| strips::forward(&x, &filter, &shape, epilogue, y));
         if stride != 1 {
             continue;
         }
-        let blocks = WinogradFilter::<W>::new(isa, &w, o, c);
-        check("blocks", &|epilogue, y| winograd::forward(&x, &blocks, &shape, epilogue, y));
+        let filter = BlockFilter::<W>::new(isa, &w, o, c);
+        check("blocks", &|epilogue, y| blocks::forward(&x, &filter, &shape, epilogue, y));
         // Both gradients.
         let turned = ConvShape { c: o, o: c, ..shape };
         let mut dx = vec![f32::NAN; x.len()];
-        let blocks = WinogradFilter::<W>::for_backward_input(isa, &w, o, c);
-        winograd::forward(&dy, &blocks, &turned, Epilogue::default(), &mut dx);
+        let filter = BlockFilter::<W>::for_backward_input(isa, &w, o, c);
+        blocks::forward(&dy, &filter, &turned, Epilogue::default(), &mut dx);
         assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in blocks"));
         dx.fill(f32::NAN);
-        let strips = StripFilter::<W>::for_backward_input(isa, &w, o, c);
-        winograd_strips::forward(&dy, &strips, &turned, Epilogue::default(), &mut dx);
+        let filter = StripFilter::<W>::for_backward_input(isa, &w, o, c);
+        strips::forward(&dy, &filter, &turned, Epilogue::default(), &mut dx);
         assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in strips"));
         let mut dw = vec![f32::NAN; w.len()];
-        winograd_wgrad::backward_filter_by::<f32, W>(isa, &x, &dy, &shape, &mut dw);
+        wgrad::backward_filter_by::<f32, W>(isa, &x, &dy, &shape, &mut dw);
         assert_close(&dw, &want_dw, tolerance, &name("gradient to the filter"));
     }
 }

@@ -5,18 +5,18 @@
 //! takes a strip of output channels; for some input channels after others it transforms the filters, which stay in L2, and adds
 //! the products at all positions; and it transforms the sums back.
 //!
-//! Tiles at the bottom and at the right end where the image does (`winograd_points.rs`). Tiles of a task are ordered by their
+//! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS, narrowed};
-use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_few;
-use super::winograd_parts::{CLASSES, Part, spread};
-use super::winograd_points::*;
-use super::winograd_tiles::{Inputs, Layout, Outputs};
-use super::winograd_transforms::*;
+use super::few;
+use super::parts::{CLASSES, Part, spread};
+use super::points::*;
+use super::tiles::{Inputs, Layout, Outputs};
+use super::transforms::*;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS, narrowed};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -141,8 +141,8 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     let values_of_tile = slots(axis(STRIDE)).pow(2) * shape.c;
     let values_of = |part: &Part| slots(axis(STRIDE)).pow(2) * part.slot_len(shape.c);
     let tiles = shape.output().map(|extent| extent.div_ceil(OUTPUTS)).iter().product::<usize>() * shape.n;
-    if winograd_few::suits::<W>(filter.isa, tiles) {
-        return winograd_few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
+    if few::suits::<W>(filter.isa, tiles) {
+        return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
     }
     let groups = (tiles * values_of_tile * size_of::<W>()).div_ceil(TRANSFORMED);
     let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);

@@ -1,83 +1,37 @@
-//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications.
+//! Winograd's algorithm for 3x3 filters of few channels and a stride of one.
 //!
-//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
-//! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
-//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. The transforms cost the more the
-//! fewer filters share a transformed input.
-//!
-//! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
-//! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them; the points of
-//! interpolation, [`Float::POINTS`], are then those at which rounding transformed values costs least. Elsewhere they are f32 too.
+//! Filters are transformed beforehand. A block of tiles goes all the way, its inputs transformed, multiplied panel by panel at
+//! all positions and transformed back, while everything in between stays in L2.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::{Epilogue, Output, TILE_ROWS, Tile};
-use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_axes::*;
-use super::winograd_strips;
-use super::winograd_transforms::Room;
+use super::axes::*;
+use super::transforms::Room;
+use super::{IN, OUT, POSITIONS, TileGrid};
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// With more channels, of input or output, the transformed filters, four times the filters, do not stay in L2 beside the
-/// tiles: [`super::winograd_strips`] then transforms them when they are used.
+/// tiles: [`super::strips`] then transforms them when they are used.
 pub(super) const MAX_CHANNELS: usize = 128;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
 /// Panels are divided among tasks until there are this many.
 const TASKS: usize = 8;
 
-/// Outputs of a tile along one axis, and the inputs they see.
-pub(super) const OUT: usize = 4;
-pub(super) const IN: usize = 6;
-/// Products of a tile for a pair of channels.
-pub(super) const POSITIONS: usize = IN * IN;
-
 /// Filters transformed and packed for the micro-kernel: `[position][panel of O][word of C][column of the panel]`, zero-padded. `W` is
 /// the type whose products are taken.
-pub struct WinogradFilter<W> {
+pub struct BlockFilter<W> {
     isa: Isa,
     panels: Scratch<W>,
     c: usize,
     o: usize,
 }
 
-/// How a convolution from `c` to `o` channels runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Algorithm {
-    /// As a product over the patches.
-    Direct,
-    /// By this module.
-    Blocks,
-    /// By [`super::winograd_strips`].
-    Strips,
-    /// By [`super::winograd_rows`].
-    Rows,
-}
-
-/// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3 filters, padding one, and whole
-/// vectors of channels.
-pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
-    let lanes = isa.lanes();
-    let fits =
-        [shape.kh, shape.kw] == [3, 3] && shape.padding == [1, 1] && c.is_multiple_of(lanes) && o.is_multiple_of(lanes);
-    match (shape.stride, c.max(o)) {
-        _ if !fits || isa.has_tiles() => Algorithm::Direct,
-        ([1, 1], ..=MAX_CHANNELS) => Algorithm::Blocks,
-        ([1, 1], ..=winograd_strips::MAX_CHANNELS) => Algorithm::Strips,
-        // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.
-        ([2, 2], ..=winograd_strips::MAX_CHANNELS) if multiplies::<T>(isa) => Algorithm::Strips,
-        _ => Algorithm::Direct,
-    }
-}
-
-/// Whether the machine has an instruction for products of this type; else values are widened first, and products f32.
-pub fn multiplies<T: Float>(isa: Isa) -> bool {
-    T::PER_WORD == 1 || isa.multiplies_pairs()
-}
-
-impl<W: Float> WinogradFilter<W> {
+impl<W: Float> BlockFilter<W> {
     /// From filters `[o, 3, 3, c]`.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         let turned = transposed(filter, o, 9 * c);
@@ -106,7 +60,7 @@ impl<W: Float> WinogradFilter<W> {
             let taps = [taps(word * W::PER_WORD), taps((word + 1) * W::PER_WORD - 1)];
             dispatch(isa, FilterTransform { taps, out: &out, word, panel: c * width, stride: panels * c * width });
         });
-        WinogradFilter { isa, panels: packed, c, o }
+        BlockFilter { isa, panels: packed, c, o }
     }
 
     fn panel(&self, position: usize, panel: usize) -> &[W] {
@@ -163,82 +117,10 @@ impl<W: Float> Task for FilterTransform<'_, W> {
     }
 }
 
-/// The channels of a pixel of padding.
-#[inline(always)]
-pub(super) fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
-    static ZEROS: [f32; winograd_strips::MAX_CHANNELS] = [0.0; winograd_strips::MAX_CHANNELS];
-    &bytemuck::cast_slice(&ZEROS)[..channels]
-}
-
-/// The channels of a pixel of the input, by its place in the image with its padding of one.
-#[inline(always)]
-pub(super) fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
-    let ConvShape { h, w, c, .. } = *shape;
-    match (row.checked_sub(1), column.checked_sub(1)) {
-        (Some(row), Some(column)) if row < h && column < w => &x[((image * h + row) * w + column) * c..][..c],
-        _ => zeros(c),
-    }
-}
-
-/// The tiles of a convolution's output.
-#[derive(Clone, Copy)]
-pub(super) struct TileGrid {
-    images: usize,
-    /// Tiles of an image, down and across.
-    across: [usize; 2],
-}
-
-impl TileGrid {
-    pub(super) fn new(shape: &ConvShape) -> Self {
-        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
-    }
-
-    pub(super) fn count(&self) -> usize {
-        self.images * self.across[0] * self.across[1]
-    }
-
-    /// Image, and first output row and column of a tile.
-    pub(super) fn place(&self, tile: usize) -> [usize; 3] {
-        let [down, across] = self.across;
-        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
-    }
-
-    /// Where the pixels begin that a tile sees; those on the padding read zeros.
-    #[inline(always)]
-    pub(super) fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
-        let [n, top, left] = self.place(tile);
-        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, n, [top + i, left + j])))
-    }
-
-    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
-    ///
-    /// # Safety
-    /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
-    #[inline(always)]
-    unsafe fn transform_input<S: Simd, T: Float, W: Float>(
-        &self,
-        simd: S,
-        x: &[T],
-        shape: &ConvShape,
-        tile: usize,
-        out: *mut W,
-        stride: usize,
-    ) {
-        let pixels = self.inputs(x, shape, tile);
-        for channel in (0..shape.c).step_by(S::LANES) {
-            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
-            unsafe {
-                let out = Plane::<W, IN> { first: out.add(channel), stride };
-                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
-            }
-        }
-    }
-}
-
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of stride and padding one.
 pub fn forward<T: Float, W: Float>(
     x: &[T],
-    filter: &WinogradFilter<W>,
+    filter: &BlockFilter<W>,
     shape: &ConvShape,
     epilogue: Epilogue<T>,
     y: &mut [T],
@@ -252,15 +134,17 @@ pub fn forward<T: Float, W: Float>(
         return;
     }
     let panels = shape.o.div_ceil(filter.isa.tile_columns());
-    let blocks = tiles.div_ceil(BLOCK_TILES);
-    let block = tiles.div_ceil(blocks).next_multiple_of(TILE_ROWS);
+    // Blocks are whole rows of the micro-kernel's tiles, and an even number of them, so that two threads share one picture well.
+    let rows = tiles.div_ceil(TILE_ROWS);
+    let blocks = tiles.div_ceil(BLOCK_TILES).next_multiple_of(2).min(rows);
     // Each group of panels transforms the inputs again.
     let groups = TASKS.div_ceil(blocks).min(panels);
     let group = panels.div_ceil(groups);
     let out = Output::new(y);
-    (0..blocks * groups).into_par_iter().for_each(|task| {
-        let (i, first) = (task / groups, task % groups * group);
-        let tiles = (i * block).min(tiles)..((i + 1) * block).min(tiles);
+    (0..groups * blocks).into_par_iter().for_each(|task| {
+        let (first, block) = (task / blocks * group, task % blocks);
+        let start = |block: usize| tiles.min(block * rows / blocks * TILE_ROWS);
+        let tiles = start(block)..start(block + 1);
         let panels = first.min(panels)..(first + group).min(panels);
         dispatch(filter.isa, Block { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
     });
@@ -269,7 +153,7 @@ pub fn forward<T: Float, W: Float>(
 /// Some tiles and some panels of filters.
 struct Block<'a, T, W> {
     x: &'a [T],
-    filter: &'a WinogradFilter<W>,
+    filter: &'a BlockFilter<W>,
     shape: &'a ConvShape,
     grid: TileGrid,
     y: &'a Output<T>,

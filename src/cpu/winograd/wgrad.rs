@@ -1,17 +1,17 @@
-//! Winograd's algorithm for the gradient to a 3x3 filter: a quarter of the multiplications, as in [`super::winograd`].
+//! Winograd's algorithm for the gradient to a 3x3 filter: a quarter of the multiplications, as in [`super`].
 //!
 //! Forward, a tile's outputs are `A^T [(G g G^T) * (B^T d B)] A`. That is linear in the filter `g`, so its gradient is the
 //! transposed map of the outputs' gradient: `dg = G^T [sum over tiles of (A dy A^T) * (B^T d B)] G`. The sum, for every
 //! pair of channels at each position, is a matrix product over the tiles.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::Output;
-use super::gemm_transposed::{SLICE, multiply_runs};
-use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd::{self, Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
-use super::winograd_axes::*;
-use super::winograd_transforms::Room;
+use super::axes::*;
+use super::transforms::Room;
+use super::{Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::Output;
+use crate::cpu::gemm_transposed::{SLICE, multiply_runs};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -34,15 +34,15 @@ const MANY_TILES: usize = 32;
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
-    let exact = T::PER_WORD == 1 || !winograd::multiplies::<T>(isa);
+    let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || TileGrid::new(shape).count() >= MANY_TILES;
-    shape.stride == [1, 1] && enough && winograd::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
+    shape.stride == [1, 1] && enough && super::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match winograd::multiplies::<T>(isa) {
+    match super::multiplies::<T>(isa) {
         true => backward_filter_by::<T, T>(isa, x, dy, shape, dfilter),
         false => backward_filter_by::<T, f32>(isa, x, dy, shape, dfilter),
     }

@@ -1,13 +1,13 @@
 //! Tiles on both sides of the products: the transforms of their inputs, and of their sums to outputs.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::{Epilogue, Output};
-use super::simd::{Simd, Task};
-use super::winograd::pixel;
-use super::winograd_parts::{Part, Place};
-use super::winograd_points::*;
-use super::winograd_transforms::*;
+use super::parts::{Part, Place};
+use super::pixel;
+use super::points::*;
+use super::transforms::*;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::{Epilogue, Output};
+use crate::cpu::simd::{Simd, Task};
 use std::marker::PhantomData;
 use std::ops::Range;
 

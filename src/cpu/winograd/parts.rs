@@ -1,9 +1,9 @@
 //! The tiles of an output, ordered by their extents.
 
-use super::conv::ConvShape;
-use super::gemm::TILE_ROWS;
-use super::winograd_points::{OUTPUTS, positions};
-use super::winograd_transforms::{LANES, axis};
+use super::points::{OUTPUTS, positions};
+use super::transforms::{LANES, axis};
+use crate::cpu::conv::ConvShape;
+use crate::cpu::gemm::TILE_ROWS;
 use std::ops::Range;
 
 /// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of

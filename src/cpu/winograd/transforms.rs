@@ -1,8 +1,8 @@
 //! The transforms of 3x3 filters with a stride of one or two, along an axis, for tiles of any number of outputs.
 
-use super::float::Float;
-use super::simd::Simd;
-use super::winograd_points::*;
+use super::points::*;
+use crate::cpu::float::Float;
+use crate::cpu::simd::Simd;
 use std::mem::MaybeUninit;
 
 /// Taps of a filter along an axis.

@@ -2,14 +2,14 @@
 //!
 //! Where pixels have three channels the transforms are what limits the algorithm, and along both axes they would cost more than
 //! they save. Along rows they halve the products: four outputs take 7 + 6 for each row of the filter instead of 28
-//! (`winograd_points.rs`). Sums of products at a point go over the filter's rows, the two phases and the channels, so
+//! (`points.rs`). Sums of products at a point go over the filter's rows, the two phases and the channels, so
 //! that the transform back is done once for all of them.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::{Epilogue, Output, TILE_ROWS, Tile};
-use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_points::*;
+use super::points::*;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;

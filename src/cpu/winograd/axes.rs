@@ -1,12 +1,12 @@
 //! The transforms of F(4x4, 3x3) along one axis, and along both.
 //!
-//! They are those of `winograd_points.rs` with points zero, plus and minus `a`, plus and minus `b`, and infinity, where `a` and `b`
+//! They are those of `points.rs` with points zero, plus and minus `a`, plus and minus `b`, and infinity, where `a` and `b`
 //! are [`Float::POINTS`] of the type whose products are taken, and with what normalises them multiplied into the filter. Written
 //! by hand, as opposite points share sums.
 
-use super::float::Float;
-use super::simd::Simd;
-use super::winograd_transforms::{Room, unrolled};
+use super::transforms::{Room, unrolled};
+use crate::cpu::float::Float;
+use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
 
 /// A transform along one axis, from `A` values to `B`. A trait and not a closure, as are [`Source`] and [`Sink`]: a closure may be

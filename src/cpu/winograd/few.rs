@@ -1,20 +1,20 @@
 //! Winograd's algorithm for a few tiles of many channels: the last layers of one picture.
 //!
-//! What [`super::winograd_strips`] does, bit by bit, but transformed filters are never stored. Where four tiles share a filter, passing
+//! What [`super::strips`] does, bit by bit, but transformed filters are never stored. Where four tiles share a filter, passing
 //! its 36 values through L2 takes longer than the products. So a task takes one vector of output channels and one row of
 //! positions at a time. For one word of input channels after the other it transforms the filters, in registers, to the values of that
 //! row, and multiplies each with the inputs of all tiles. Taps, which stay in L1, are read once for each row, and their transform along
 //! the columns is not shared among rows: that is less than what stores would cost.
 
-use super::conv::ConvShape;
-use super::float::Float;
-use super::gemm::{Epilogue, Output};
-use super::simd::{Isa, Simd, Task, dispatch};
-use super::winograd_parts::Part;
-use super::winograd_points::*;
-use super::winograd_strips::{StripFilter, WORDS};
-use super::winograd_tiles::{Inputs, Layout, Outputs};
-use super::winograd_transforms::*;
+use super::parts::Part;
+use super::points::*;
+use super::strips::{StripFilter, WORDS};
+use super::tiles::{Inputs, Layout, Outputs};
+use super::transforms::*;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::{Epilogue, Output};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -123,6 +123,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Vector<'_, T, W, STRIDE> {
             inputs: inputs[words.start * self.layout.word..].as_ptr().cast(),
             step: self.layout.word / W::PER_WORD,
             words: words.len(),
+            corners: are_corners(self.outputs.part),
             sums: sums.as_mut_ptr(),
             first: words.start == 0 && row == position_of(axis(STRIDE), row),
         };
@@ -140,17 +141,24 @@ impl<T: Float, W: Float, const STRIDE: usize> Vector<'_, T, W, STRIDE> {
     }
 }
 
-/// Runs `$body` for all positions across of a phase, `$I`, and tiles, `$TILE`, which are constants.
-macro_rules! sums_of {
-    ($stride:expr, $phase:expr, $I:ident, $TILE:ident => $body:block) => {
-        unrolled!($I => {
-            if const { $I < phase_slots(axis($stride), $phase) } {
-                unrolled!($TILE => {
-                    if $TILE < TILES $body
-                });
-            }
-        })
-    };
+/// Whether a tile has products with row `row` of a filter's values at slot `i` across of a phase. Where the tiles are those of
+/// [`are_corners`], `corners`, some have three outputs.
+const fn has(corners: bool, stride: usize, row: usize, phase: usize, i: usize, tile: usize) -> bool {
+    if tile >= TILES || i >= phase_slots(axis(stride), phase) {
+        return false;
+    }
+    let [down, across] = if corners { CORNERS[tile] } else { [OUTPUTS; 2] };
+    // The last value stands for several slots with a stride, some of which every tile has.
+    let any = stride > 1 && row == VALUES - 1;
+    (any || has_slot(axis(stride), down, row)) && has_slot(axis(stride), across, first_slot(axis(stride), phase) + i)
+}
+
+/// The tiles of a picture of seven by seven outputs, in the order of a part.
+const CORNERS: [[usize; 2]; TILES] = [[4, 4], [4, 3], [3, 4], [3, 3]];
+
+/// Whether a part has the tiles [`CORNERS`].
+fn are_corners(part: &Part) -> bool {
+    part.outputs == CORNERS && part.classes.iter().all(|class| class.len() == 1)
 }
 
 /// Some words of input channels at a slot down.
@@ -161,6 +169,7 @@ struct Product<W> {
     inputs: *const f32,
     step: usize,
     words: usize,
+    corners: bool,
     /// `[position across][tile]`, vectors.
     sums: *mut f32,
     /// Whether there are no sums yet.
@@ -176,9 +185,15 @@ impl<W: Float> Product<W> {
     unsafe fn add_phases<S: Simd, const STRIDE: usize, const ROW: usize>(&self, simd: S) {
         // SAFETY: the contract.
         unsafe {
-            self.add::<S, STRIDE, ROW, 0>(simd, self.first);
+            match self.corners {
+                true => self.add::<S, STRIDE, ROW, 0, true>(simd, self.first),
+                false => self.add::<S, STRIDE, ROW, 0, false>(simd, self.first),
+            }
             if STRIDE > 1 {
-                self.add::<S, STRIDE, ROW, 1>(simd, false);
+                match self.corners {
+                    true => self.add::<S, STRIDE, ROW, 1, true>(simd, false),
+                    false => self.add::<S, STRIDE, ROW, 1, false>(simd, false),
+                }
             }
         }
     }
@@ -188,13 +203,21 @@ impl<W: Float> Product<W> {
     /// # Safety
     /// As for [`Product::add_phases`].
     #[inline(always)]
-    unsafe fn add<S: Simd, const STRIDE: usize, const ROW: usize, const PHASE: usize>(&self, simd: S, first: bool) {
+    unsafe fn add<S: Simd, const STRIDE: usize, const ROW: usize, const PHASE: usize, const CORNERS: bool>(
+        &self,
+        simd: S,
+        first: bool,
+    ) {
         let mut sums = [[simd.splat(0.0); TILES]; VALUES];
         let sum = |i: usize, tile: usize| self.sums.wrapping_add((i * TILES + tile) * S::LANES);
         if !first {
-            sums_of!(STRIDE, PHASE, I, TILE => {
-                // SAFETY: the contract.
-                sums[I % VALUES][TILE % TILES] = unsafe { simd.load(sum(I, TILE)) };
+            unrolled!(I => {
+                unrolled!(TILE => {
+                    if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
+                        // SAFETY: the contract.
+                        sums[I % VALUES][TILE % TILES] = unsafe { simd.load(sum(I, TILE)) };
+                    }
+                });
             });
         }
         let tap_len = S::LANES * W::PER_WORD;
@@ -235,7 +258,7 @@ impl<W: Float> Product<W> {
                     let high = filter_values::<S, W, STRIDE>(simd, columns[1])[value_of(slot) % VALUES];
                     let value = W::words(simd, low, high);
                     unrolled!(TILE => {
-                        if TILE < TILES {
+                        if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
                             // SAFETY: the contract.
                             let input = unsafe { inputs.add(TILE * slots(axis(STRIDE)) + slot).read_unaligned() };
                             let sum = &mut sums[I % VALUES][TILE % TILES];
@@ -245,9 +268,13 @@ impl<W: Float> Product<W> {
                 }
             });
         }
-        sums_of!(STRIDE, PHASE, I, TILE => {
-            // SAFETY: the contract.
-            unsafe { simd.store(sum(I, TILE), sums[I % VALUES][TILE % TILES]) };
+        unrolled!(I => {
+            unrolled!(TILE => {
+                if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
+                    // SAFETY: the contract.
+                    unsafe { simd.store(sum(I, TILE), sums[I % VALUES][TILE % TILES]) };
+                }
+            });
         });
     }
 }

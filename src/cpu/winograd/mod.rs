@@ -1,0 +1,177 @@
+//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications.
+//!
+//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
+//! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
+//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. The transforms cost the more the
+//! fewer filters share a transformed input.
+//!
+//! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
+//! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them; the points of
+//! interpolation, [`Float::POINTS`], are then those at which rounding transformed values costs least. Elsewhere they are f32 too.
+
+mod axes;
+pub mod blocks;
+mod few;
+mod parts;
+mod points;
+pub mod rows;
+pub mod strips;
+mod tiles;
+mod transforms;
+pub mod wgrad;
+
+use super::conv::ConvShape;
+use super::float::Float;
+use super::gemm::Epilogue;
+use super::simd::{Isa, Simd};
+use axes::{InputAxis, Pixels, Plane, along_both};
+use blocks::BlockFilter;
+use rows::RowFilter;
+use strips::StripFilter;
+
+/// Outputs of a tile along one axis, and the inputs they see.
+pub(super) const OUT: usize = 4;
+pub(super) const IN: usize = 6;
+/// Products of a tile for a pair of channels.
+pub(super) const POSITIONS: usize = IN * IN;
+
+/// How a convolution from `c` to `o` channels runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// As a product over the patches.
+    Direct,
+    /// By [`blocks`].
+    Blocks,
+    /// By [`strips`].
+    Strips,
+    /// By [`rows`].
+    Rows,
+}
+
+/// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3 filters, padding one, and whole
+/// vectors of channels.
+pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
+    let lanes = isa.lanes();
+    let fits =
+        [shape.kh, shape.kw] == [3, 3] && shape.padding == [1, 1] && c.is_multiple_of(lanes) && o.is_multiple_of(lanes);
+    match (shape.stride, c.max(o)) {
+        _ if !fits || isa.has_tiles() => Algorithm::Direct,
+        ([1, 1], ..=blocks::MAX_CHANNELS) => Algorithm::Blocks,
+        ([1, 1], ..=strips::MAX_CHANNELS) => Algorithm::Strips,
+        // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.
+        ([2, 2], ..=strips::MAX_CHANNELS) if multiplies::<T>(isa) => Algorithm::Strips,
+        _ => Algorithm::Direct,
+    }
+}
+
+/// Whether the machine has an instruction for products of this type; else values are widened first, and products f32.
+pub fn multiplies<T: Float>(isa: Isa) -> bool {
+    T::PER_WORD == 1 || isa.multiplies_pairs()
+}
+
+/// Filters for Winograd's algorithm whose products are of type `W`.
+pub enum Winograd<W> {
+    /// Along rows alone.
+    Rows(RowFilter<W>),
+    /// Transformed beforehand.
+    Blocks(BlockFilter<W>),
+    /// Transformed when they are used.
+    Strips(StripFilter<W>),
+}
+
+impl<W: Float> Winograd<W> {
+    pub(super) fn new(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
+        match algorithm {
+            Algorithm::Rows => Winograd::Rows(RowFilter::new(isa, filter, shape)),
+            Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(BlockFilter::new(isa, filter, shape.o, shape.c)),
+        }
+    }
+
+    pub(super) fn for_backward_input(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
+        match algorithm {
+            Algorithm::Strips => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(BlockFilter::for_backward_input(isa, filter, shape.o, shape.c)),
+        }
+    }
+
+    pub(super) fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
+        match self {
+            Winograd::Rows(filter) => rows::forward(x, filter, shape, epilogue, y),
+            Winograd::Blocks(filter) => blocks::forward(x, filter, shape, epilogue, y),
+            Winograd::Strips(filter) => strips::forward(x, filter, shape, epilogue, y),
+        }
+    }
+}
+
+/// The channels of a pixel of padding.
+#[inline(always)]
+pub(super) fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
+    static ZEROS: [f32; strips::MAX_CHANNELS] = [0.0; strips::MAX_CHANNELS];
+    &bytemuck::cast_slice(&ZEROS)[..channels]
+}
+
+/// The channels of a pixel of the input, by its place in the image with its padding of one.
+#[inline(always)]
+pub(super) fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
+    let ConvShape { h, w, c, .. } = *shape;
+    match (row.checked_sub(1), column.checked_sub(1)) {
+        (Some(row), Some(column)) if row < h && column < w => &x[((image * h + row) * w + column) * c..][..c],
+        _ => zeros(c),
+    }
+}
+
+/// The tiles of a convolution's output.
+#[derive(Clone, Copy)]
+pub(super) struct TileGrid {
+    images: usize,
+    /// Tiles of an image, down and across.
+    across: [usize; 2],
+}
+
+impl TileGrid {
+    pub(super) fn new(shape: &ConvShape) -> Self {
+        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.images * self.across[0] * self.across[1]
+    }
+
+    /// Image, and first output row and column of a tile.
+    pub(super) fn place(&self, tile: usize) -> [usize; 3] {
+        let [down, across] = self.across;
+        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
+    }
+
+    /// Where the pixels begin that a tile sees; those on the padding read zeros.
+    #[inline(always)]
+    pub(super) fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
+        let [n, top, left] = self.place(tile);
+        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, n, [top + i, left + j])))
+    }
+
+    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
+    ///
+    /// # Safety
+    /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
+    #[inline(always)]
+    unsafe fn transform_input<S: Simd, T: Float, W: Float>(
+        &self,
+        simd: S,
+        x: &[T],
+        shape: &ConvShape,
+        tile: usize,
+        out: *mut W,
+        stride: usize,
+    ) {
+        let pixels = self.inputs(x, shape, tile);
+        for channel in (0..shape.c).step_by(S::LANES) {
+            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
+            unsafe {
+                let out = Plane::<W, IN> { first: out.add(channel), stride };
+                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
+            }
+        }
+    }
+}
