@@ -4,10 +4,16 @@
 //! are [`Float::POINTS`] of the type whose products are taken, and with what normalises them multiplied into the filter. Written
 //! by hand, as opposite points share sums.
 
+use super::points::OUTPUTS;
 use super::transforms::{Room, unrolled};
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
+
+/// Inputs that the outputs of a tile see along one axis, and products there.
+pub(super) const IN: usize = OUTPUTS + 2;
+/// Products of a tile for a pair of channels.
+pub(super) const POSITIONS: usize = IN * IN;
 
 /// A transform along one axis, from `A` values to `B`. A trait and not a closure, as are [`Source`] and [`Sink`]: a closure may be
 /// compiled on its own, and then without the instruction set.

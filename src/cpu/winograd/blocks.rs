@@ -4,8 +4,10 @@
 //! all positions and transformed back, while everything in between stays in L2.
 
 use super::axes::*;
+use super::check_operands;
+use super::parts::{Place, TileGrid};
+use super::points::OUTPUTS;
 use super::transforms::Room;
-use super::{IN, OUT, POSITIONS, TileGrid};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
@@ -125,9 +127,7 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
-    shape.check(x.len(), y.len());
-    epilogue.check(shape.o, y.len());
+    check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     let grid = TileGrid::new(shape);
     let tiles = grid.count();
     if tiles == 0 {
@@ -175,18 +175,18 @@ impl<T: Float, W: Float> Task for Block<'_, T, W> {
         // Transformed inputs [position][tile][channel], products [position][tile][column of the panel], the latter in whole
         // tiles of the micro-kernel.
         let padded = count.next_multiple_of(TILE_ROWS);
-        let mut inputs = Scratch::<W>::take(IN * IN * count * c);
-        let mut products = Scratch::<f32>::take(IN * IN * padded * width);
+        let mut inputs = Scratch::<W>::take(POSITIONS * count * c);
+        let mut products = Scratch::<f32>::take(POSITIONS * padded * width);
         for (i, tile) in self.tiles.clone().enumerate() {
             // SAFETY: there is room for `count` tiles of `c` channels at each position.
             unsafe {
                 let out = inputs.as_mut_ptr().add(i * c);
-                self.grid.transform_input::<S, T, W>(simd, self.x, self.shape, tile, out, count * c);
+                self.transform_input(simd, tile, out, count * c);
             }
         }
         for panel in self.panels.clone() {
             let columns = width.min(self.shape.o - panel * width);
-            for position in 0..IN * IN {
+            for position in 0..POSITIONS {
                 let a = &inputs[position * count * c..][..count * c];
                 let product = &mut products[position * padded * width..][..padded * width];
                 multiply_panel(simd, a, c, self.filter.panel(position, panel), product, columns);
@@ -214,6 +214,22 @@ fn multiply_panel<S: Simd, W: Float>(simd: S, a: &[W], depth: usize, b: &[W], c:
 }
 
 impl<T: Float, W: Float> Block<'_, T, W> {
+    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
+    ///
+    /// # Safety
+    /// `out` is valid for `c` values at each of the positions.
+    #[inline(always)]
+    unsafe fn transform_input<S: Simd>(&self, simd: S, tile: usize, out: *mut W, stride: usize) {
+        let pixels = self.grid.inputs(self.x, self.shape, tile);
+        for channel in (0..self.shape.c).step_by(S::LANES) {
+            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
+            unsafe {
+                let out = Plane::<W, IN> { first: out.add(channel), stride };
+                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
+            }
+        }
+    }
+
     /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
     fn transform_output<S: Simd>(
@@ -226,10 +242,10 @@ impl<T: Float, W: Float> Block<'_, T, W> {
         columns: usize,
     ) {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
-        let [n, top, left] = self.grid.place(tile);
+        let Place { image, top, left } = self.grid.place(tile);
         let (rows, row_len) = (oh - top, ow - left);
-        let first = ((n * oh + top) * ow + left) * o + column;
-        assert!(products.len() >= (IN * IN - 1) * stride + columns && columns.is_multiple_of(S::LANES));
+        let first = ((image * oh + top) * ow + left) * o + column;
+        assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
         for at in (0..columns).step_by(S::LANES) {
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
@@ -247,7 +263,7 @@ impl<T: Float, W: Float> Block<'_, T, W> {
             // task's alone, and the residual is as long.
             unsafe {
                 let products = Plane::<f32, IN> { first: products.as_ptr().add(at).cast_mut(), stride };
-                along_both::<OutputAxis<W>, S, IN, OUT>(simd, products, out);
+                along_both::<OutputAxis<W>, S, IN, OUTPUTS>(simd, products, out);
             }
         }
     }

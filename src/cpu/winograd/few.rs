@@ -46,7 +46,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     y: &mut [T],
 ) {
     let part = &Part::all(shape, 1)[0];
-    let tiles = part.places.len();
+    let (tiles, corners) = (part.places.len(), are_corners(part));
     let (words, slots) = (shape.c / W::PER_WORD, slots(axis(STRIDE)));
     let tile = slots * W::PER_WORD;
     let word = tiles.next_multiple_of(TILES) * tile;
@@ -63,7 +63,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     let (inputs, y) = (&inputs, &Output::new(y));
     (0..shape.o / filter.isa.lanes()).into_par_iter().for_each(|vector| {
         let outputs = Outputs { part, shape, epilogue, y, transform: PhantomData };
-        dispatch(filter.isa, Vector::<T, W, STRIDE> { inputs, layout, filter, vector, outputs });
+        dispatch(filter.isa, Vector::<T, W, STRIDE> { inputs, layout, filter, vector, corners, outputs });
     });
 }
 
@@ -74,6 +74,8 @@ struct Vector<'a, T, W, const STRIDE: usize> {
     layout: Layout,
     filter: &'a StripFilter<W>,
     vector: usize,
+    /// Whether the tiles are [`CORNER_TILES`].
+    corners: bool,
     outputs: Outputs<'a, T, W, STRIDE>,
 }
 
@@ -123,7 +125,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Vector<'_, T, W, STRIDE> {
             inputs: inputs[words.start * self.layout.word..].as_ptr().cast(),
             step: self.layout.word / W::PER_WORD,
             words: words.len(),
-            corners: are_corners(self.outputs.part),
+            corners: self.corners,
             sums: sums.as_mut_ptr(),
             first: words.start == 0 && row == position_of(axis(STRIDE), row),
         };
@@ -141,24 +143,24 @@ impl<T: Float, W: Float, const STRIDE: usize> Vector<'_, T, W, STRIDE> {
     }
 }
 
-/// Whether a tile has products with row `row` of a filter's values at slot `i` across of a phase. Where the tiles are those of
-/// [`are_corners`], `corners`, some have three outputs.
+/// Whether a tile has products with row `row` of a filter's values at slot `i` across of a phase. With `corners`, where the tiles
+/// are [`CORNER_TILES`], some have three outputs.
 const fn has(corners: bool, stride: usize, row: usize, phase: usize, i: usize, tile: usize) -> bool {
     if tile >= TILES || i >= phase_slots(axis(stride), phase) {
         return false;
     }
-    let [down, across] = if corners { CORNERS[tile] } else { [OUTPUTS; 2] };
+    let [down, across] = if corners { CORNER_TILES[tile] } else { [OUTPUTS; 2] };
     // The last value stands for several slots with a stride, some of which every tile has.
     let any = stride > 1 && row == VALUES - 1;
     (any || has_slot(axis(stride), down, row)) && has_slot(axis(stride), across, first_slot(axis(stride), phase) + i)
 }
 
 /// The tiles of a picture of seven by seven outputs, in the order of a part.
-const CORNERS: [[usize; 2]; TILES] = [[4, 4], [4, 3], [3, 4], [3, 3]];
+const CORNER_TILES: [[usize; 2]; TILES] = [[4, 4], [4, 3], [3, 4], [3, 3]];
 
-/// Whether a part has the tiles [`CORNERS`].
+/// Whether a part has the tiles [`CORNER_TILES`].
 fn are_corners(part: &Part) -> bool {
-    part.outputs == CORNERS && part.classes.iter().all(|class| class.len() == 1)
+    part.outputs == CORNER_TILES && part.classes.iter().all(|class| class.len() == 1)
 }
 
 /// Some words of input channels at a slot down.
@@ -169,6 +171,7 @@ struct Product<W> {
     inputs: *const f32,
     step: usize,
     words: usize,
+    /// As [`Vector::corners`].
     corners: bool,
     /// `[position across][tile]`, vectors.
     sums: *mut f32,

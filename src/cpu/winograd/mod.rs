@@ -1,4 +1,4 @@
-//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications.
+//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications, others at about half.
 //!
 //! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
 //! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
@@ -23,17 +23,10 @@ pub mod wgrad;
 use super::conv::ConvShape;
 use super::float::Float;
 use super::gemm::Epilogue;
-use super::simd::{Isa, Simd};
-use axes::{InputAxis, Pixels, Plane, along_both};
+use super::simd::Isa;
 use blocks::BlockFilter;
 use rows::RowFilter;
 use strips::StripFilter;
-
-/// Outputs of a tile along one axis, and the inputs they see.
-pub(super) const OUT: usize = 4;
-pub(super) const IN: usize = 6;
-/// Products of a tile for a pair of channels.
-pub(super) const POSITIONS: usize = IN * IN;
 
 /// How a convolution from `c` to `o` channels runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +41,8 @@ pub enum Algorithm {
     Rows,
 }
 
-/// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3 filters, padding one, and whole
-/// vectors of channels.
+/// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3
+/// filters, padding one, and whole vectors of channels.
 pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
     let lanes = isa.lanes();
     let fits =
@@ -104,74 +97,26 @@ impl<W: Float> Winograd<W> {
     }
 }
 
+/// Panics unless the operands of a convolution fit each other; the filter is from `c` to `o` channels.
+fn check_operands<T: Float>(shape: &ConvShape, [c, o]: [usize; 2], x: &[T], epilogue: &Epilogue<T>, y: &[T]) {
+    assert_eq!([shape.c, shape.o], [c, o], "the filter's channels");
+    shape.check(x.len(), y.len());
+    epilogue.check(shape.o, y.len());
+}
+
 /// The channels of a pixel of padding.
 #[inline(always)]
-pub(super) fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
+fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
     static ZEROS: [f32; strips::MAX_CHANNELS] = [0.0; strips::MAX_CHANNELS];
     &bytemuck::cast_slice(&ZEROS)[..channels]
 }
 
 /// The channels of a pixel of the input, by its place in the image with its padding of one.
 #[inline(always)]
-pub(super) fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
+fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
     let ConvShape { h, w, c, .. } = *shape;
     match (row.checked_sub(1), column.checked_sub(1)) {
         (Some(row), Some(column)) if row < h && column < w => &x[((image * h + row) * w + column) * c..][..c],
         _ => zeros(c),
-    }
-}
-
-/// The tiles of a convolution's output.
-#[derive(Clone, Copy)]
-pub(super) struct TileGrid {
-    images: usize,
-    /// Tiles of an image, down and across.
-    across: [usize; 2],
-}
-
-impl TileGrid {
-    pub(super) fn new(shape: &ConvShape) -> Self {
-        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUT)) }
-    }
-
-    pub(super) fn count(&self) -> usize {
-        self.images * self.across[0] * self.across[1]
-    }
-
-    /// Image, and first output row and column of a tile.
-    pub(super) fn place(&self, tile: usize) -> [usize; 3] {
-        let [down, across] = self.across;
-        [tile / (down * across), tile / across % down * OUT, tile % across * OUT]
-    }
-
-    /// Where the pixels begin that a tile sees; those on the padding read zeros.
-    #[inline(always)]
-    pub(super) fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
-        let [n, top, left] = self.place(tile);
-        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, n, [top + i, left + j])))
-    }
-
-    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
-    ///
-    /// # Safety
-    /// `x` is the input of the convolution, and `out` valid for `c` values at each of the positions.
-    #[inline(always)]
-    unsafe fn transform_input<S: Simd, T: Float, W: Float>(
-        &self,
-        simd: S,
-        x: &[T],
-        shape: &ConvShape,
-        tile: usize,
-        out: *mut W,
-        stride: usize,
-    ) {
-        let pixels = self.inputs(x, shape, tile);
-        for channel in (0..shape.c).step_by(S::LANES) {
-            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
-            unsafe {
-                let out = Plane::<W, IN> { first: out.add(channel), stride };
-                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
-            }
-        }
     }
 }

@@ -1,8 +1,11 @@
-//! The tiles of an output, ordered by their extents.
+//! The tiles of an output, and how they are ordered by their extents.
 
+use super::axes::IN;
+use super::pixel;
 use super::points::{OUTPUTS, positions};
 use super::transforms::{LANES, axis};
 use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
 use crate::cpu::gemm::TILE_ROWS;
 use std::ops::Range;
 
@@ -20,6 +23,36 @@ pub(super) struct Place {
     pub left: usize,
 }
 
+/// The tiles of a convolution's output.
+#[derive(Clone, Copy)]
+pub(super) struct TileGrid {
+    images: usize,
+    /// Tiles of an image, down and across.
+    across: [usize; 2],
+}
+
+impl TileGrid {
+    pub fn new(shape: &ConvShape) -> Self {
+        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUTPUTS)) }
+    }
+
+    pub fn count(&self) -> usize {
+        self.images * self.across[0] * self.across[1]
+    }
+
+    pub fn place(&self, tile: usize) -> Place {
+        let [down, across] = self.across;
+        Place { image: tile / (down * across), top: tile / across % down * OUTPUTS, left: tile % across * OUTPUTS }
+    }
+
+    /// Where the pixels begin that a tile sees; those on the padding read zeros.
+    #[inline(always)]
+    pub fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
+        let Place { image, top, left } = self.place(tile);
+        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, image, [top + i, left + j])))
+    }
+}
+
 /// Tiles by their extents: whole ones, those at the right edge, at the bottom, and in the corner.
 pub(super) const CLASSES: usize = 4;
 
@@ -35,26 +68,19 @@ pub(super) struct Part {
 impl Part {
     /// All tiles of the output, in `parts` of about the same size.
     pub fn all(shape: &ConvShape, parts: usize) -> Vec<Part> {
-        let output = shape.output();
-        let across = output.map(|extent| extent.div_ceil(OUTPUTS));
-        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (across[axis] - 1) * OUTPUTS);
+        let (output, grid) = (shape.output(), TileGrid::new(shape));
+        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (grid.across[axis] - 1) * OUTPUTS);
         let outputs = [[OUTPUTS; 2], [OUTPUTS, right_edge], [down_edge, OUTPUTS], [down_edge, right_edge]];
-        let tiles = shape.n * across[0] * across[1];
         let class_of = |tile: usize| {
-            let (y, x) = (tile / across[1] % across[0], tile % across[1]);
-            usize::from(y + 1 == across[0]) * 2 + usize::from(x + 1 == across[1])
+            let Place { top, left, .. } = grid.place(tile);
+            usize::from(top + OUTPUTS >= output[0]) * 2 + usize::from(left + OUTPUTS >= output[1])
         };
         let part = |i: usize| {
-            let mut ordered: Vec<usize> = (i * tiles / parts..(i + 1) * tiles / parts).collect();
+            let mut ordered: Vec<usize> = (i * grid.count() / parts..(i + 1) * grid.count() / parts).collect();
             ordered.sort_by_key(|&tile| class_of(tile));
             let start = |class: usize| ordered.partition_point(|&tile| class_of(tile) < class);
             let classes = std::array::from_fn(|class| start(class)..start(class + 1));
-            let place = |tile: usize| Place {
-                image: tile / (across[0] * across[1]),
-                top: tile / across[1] % across[0] * OUTPUTS,
-                left: tile % across[1] * OUTPUTS,
-            };
-            Part { places: ordered.into_iter().map(place).collect(), classes, outputs }
+            Part { places: ordered.into_iter().map(|tile| grid.place(tile)).collect(), classes, outputs }
         };
         (0..parts).map(part).collect()
     }

@@ -5,6 +5,7 @@
 //! (`points.rs`). Sums of products at a point go over the filter's rows, the two phases and the channels, so
 //! that the transform back is done once for all of them.
 
+use super::check_operands;
 use super::points::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -105,9 +106,8 @@ pub fn forward<T: Float, W: Float>(
     y: &mut [T],
 ) {
     let oh = shape.output()[0];
-    assert_eq!((shape.c, shape.o, shape.kw, shape.stride[1]), (filter.c, filter.o, TAPS, AXIS.stride));
-    shape.check(x.len(), y.len());
-    epilogue.check(shape.o, y.len());
+    check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
+    assert_eq!((shape.kw, shape.stride[1]), (TAPS, AXIS.stride));
     let blocks = oh.div_ceil(ROWS);
     let out = Output::new(y);
     (0..shape.n * blocks).into_par_iter().for_each(|task| {

@@ -8,8 +8,9 @@
 //! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
 
+use super::check_operands;
 use super::few;
-use super::parts::{CLASSES, Part, spread};
+use super::parts::{CLASSES, Part, TileGrid, spread};
 use super::points::*;
 use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
@@ -120,9 +121,7 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    assert_eq!((shape.c, shape.o), (filter.c, filter.o), "the filter's channels");
-    shape.check(x.len(), y.len());
-    epilogue.check(shape.o, y.len());
+    check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
     match shape.stride {
         [1, 1] => forward_strided::<T, W, 1>(x, filter, shape, epilogue, y),
@@ -138,23 +137,22 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let values_of_tile = slots(axis(STRIDE)).pow(2) * shape.c;
-    let values_of = |part: &Part| slots(axis(STRIDE)).pow(2) * part.slot_len(shape.c);
-    let tiles = shape.output().map(|extent| extent.div_ceil(OUTPUTS)).iter().product::<usize>() * shape.n;
+    let tiles = TileGrid::new(shape).count();
     if few::suits::<W>(filter.isa, tiles) {
         return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
     }
-    let groups = (tiles * values_of_tile * size_of::<W>()).div_ceil(TRANSFORMED);
+    let slots = slots(axis(STRIDE));
+    let groups = (tiles * slots * slots * shape.c * size_of::<W>()).div_ceil(TRANSFORMED);
     let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
     let parts = Part::all(shape, groups * parts_of_group);
     let strips = shape.o.div_ceil(STRIP);
     let out = Output::new(y);
     let layout = |part: &Part| {
         let slot = part.slot_len(shape.c);
-        Layout { row: slots(axis(STRIDE)) * slot, slot, tile: shape.c, word: W::PER_WORD }
+        Layout { row: slots * slot, slot, tile: shape.c, word: W::PER_WORD }
     };
     for parts in parts.chunks(parts_of_group.max(1)) {
-        let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(values_of(part))).collect();
+        let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
         let pieces: Vec<(&Part, Range<usize>, Output<W>)> = parts
             .iter()
             .zip(&mut inputs)

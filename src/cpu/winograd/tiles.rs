@@ -56,7 +56,11 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
     #[inline(always)]
     fn pixels(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
         let Place { image, top, left } = self.part.places[tile];
-        let at = |i, j| pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]);
+        let seen = const { inputs(axis(STRIDE), OUTPUTS) };
+        let at = |i, j| match i < seen && j < seen {
+            true => pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]),
+            false => &[],
+        };
         std::array::from_fn(|j| std::array::from_fn(|i| at(i, j)))
     }
 

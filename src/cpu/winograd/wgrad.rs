@@ -5,8 +5,10 @@
 //! pair of channels at each position, is a matrix product over the tiles.
 
 use super::axes::*;
+use super::parts::{Place, TileGrid};
+use super::points::OUTPUTS;
 use super::transforms::Room;
-use super::{Algorithm, IN, OUT, POSITIONS, TileGrid, zeros};
+use super::{Algorithm, zeros};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
@@ -127,7 +129,7 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
             });
             let gradients = tiles.map(|tile| match tile {
                 Some(tile) => self.gradients_of(tile),
-                None => [[zeros(o); OUT]; OUT],
+                None => [[zeros(o); OUTPUTS]; OUTPUTS],
             });
             for channel in (0..c).step_by(S::LANES) {
                 let at = (channel / width * self.words + word) * width + channel % width;
@@ -144,7 +146,7 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
                     let out = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
                     let (tiles, stride) =
                         (gradients.each_ref().map(|pixels| Pixels { pixels, channel }), gradients_len);
-                    transform_words::<GradientAxis<W>, S, W, OUT, IN>(simd, tiles, &mut room, out, stride);
+                    transform_words::<GradientAxis<W>, S, W, OUTPUTS, IN>(simd, tiles, &mut room, out, stride);
                 }
             }
         }
@@ -154,12 +156,12 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
 impl<T: Float, W: Float> Transform<'_, T, W> {
     /// The gradients of a tile's outputs; those beyond the image have none.
     #[inline(always)]
-    fn gradients_of(&self, tile: usize) -> [[&[T]; OUT]; OUT] {
+    fn gradients_of(&self, tile: usize) -> [[&[T]; OUTPUTS]; OUTPUTS] {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
-        let [n, top, left] = self.grid.place(tile);
+        let Place { image, top, left } = self.grid.place(tile);
         std::array::from_fn(|i| {
             std::array::from_fn(|j| match (top + i < oh, left + j < ow) {
-                (true, true) => &self.dy[((n * oh + top + i) * ow + left + j) * o..][..o],
+                (true, true) => &self.dy[((image * oh + top + i) * ow + left + j) * o..][..o],
                 _ => zeros(o),
             })
         })
