@@ -18,10 +18,6 @@ pub trait Float: Element + Default + PartialOrd {
     const CHUNK: usize;
     /// Less than everything.
     const NEG_INFINITY: Self;
-    /// Where Winograd's algorithm evaluates polynomials whose values are of this type: plus and minus the first, plus and minus the
-    /// second, besides zero and infinity. For f32 those whose powers are the simplest. For bf16 those at which the rounding of
-    /// values costs least, 1.1 % of a sum and not 2.5 %, for then they are all of about the same size.
-    const POINTS: [f32; 2];
 
     /// Rounded to the nearest.
     fn from_f32(x: f32) -> Self;
@@ -72,7 +68,6 @@ impl Float for f32 {
     const PER_WORD: usize = 1;
     const CHUNK: usize = 1 << 15;
     const NEG_INFINITY: f32 = f32::NEG_INFINITY;
-    const POINTS: [f32; 2] = [1.0, 2.0];
 
     #[inline(always)]
     fn from_f32(x: f32) -> f32 {
@@ -124,7 +119,6 @@ impl Float for bf16 {
     const PER_WORD: usize = 2;
     const CHUNK: usize = 1 << 13;
     const NEG_INFINITY: bf16 = bf16::NEG_INFINITY;
-    const POINTS: [f32; 2] = [0.6875, 1.5];
 
     #[inline(always)]
     fn from_f32(x: f32) -> bf16 {

@@ -63,10 +63,12 @@ fn case<T: Float>(shape: ConvShape) -> Case {
 /// What Winograd's algorithm may make of bf16, of the largest result: rounding transformed inputs and filters costs outputs in the
 /// corner of a tile 1.7 % of their usual size, four or five times as much now and then.
 const BF16_TRANSFORMED: f64 = 4e-2;
+/// And of f32: sums lose 6e-6 of their usual size in tiles of seven outputs, those in the corner ten times as much.
+const F32_TRANSFORMED: f64 = 1e-4;
 
 /// All three passes under every instruction set of the machine.
 fn check(shape: ConvShape) {
-    check_in::<f32>(shape, 1e-5, 3e-5);
+    check_in::<f32>(shape, 1e-5, F32_TRANSFORMED);
     check_in::<bf16>(shape, 5e-3, BF16_TRANSFORMED);
 }
 
@@ -215,7 +217,7 @@ fn wrong_shapes_are_errors_that_show_them() {
 
 /// Winograd's algorithms against the naive sum, with products of f32 and of bf16.
 fn check_winograd(stride: usize, extents: [usize; 3], c: usize, o: usize) {
-    check_winograd_in::<f32>(stride, extents, c, o, 2e-5);
+    check_winograd_in::<f32>(stride, extents, c, o, if stride == 1 { F32_TRANSFORMED } else { 2e-5 });
     check_winograd_in::<bf16>(stride, extents, c, o, BF16_TRANSFORMED);
 }
 

@@ -1,30 +1,11 @@
-//! The transforms of F(4x4, 3x3) along one axis, and along both.
-//!
-//! They are those of `points.rs` with points zero, plus and minus `a`, plus and minus `b`, and infinity, where `a` and `b`
-//! are [`Float::POINTS`] of the type whose products are taken, and with what normalises them multiplied into the filter. Written
-//! by hand, as opposite points share sums.
+//! Transforms along both axes.
 
-use super::points::OUTPUTS;
-use super::transforms::{Room, unrolled};
+use super::transforms::{MAX, Room, Transform, unrolled, vectors};
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
-use std::marker::PhantomData;
 
-/// Inputs that the outputs of a tile see along one axis, and products there.
-pub(super) const IN: usize = OUTPUTS + 2;
-/// Products of a tile for a pair of channels.
-pub(super) const POSITIONS: usize = IN * IN;
-
-/// A transform along one axis, from `A` values to `B`. A trait and not a closure, as are [`Source`] and [`Sink`]: a closure may be
-/// compiled on its own, and then without the instruction set.
-pub(super) trait Axis<const A: usize, const B: usize> {
-    /// Results two and two, each two of which need about the same values.
-    const TOGETHER: &'static [[usize; 2]];
-    /// Mark it `#[inline(always)]`.
-    fn apply<S: Simd>(s: S, values: &[S::V; A]) -> [S::V; B];
-}
-
-/// Vectors by row and column.
+/// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
+/// instruction set.
 pub(super) trait Source<S: Simd>: Copy {
     /// # Safety
     /// As the source says.
@@ -40,13 +21,13 @@ pub(super) trait Sink<S: Simd> {
 
 /// A vector of channels of each pixel.
 #[derive(Clone, Copy)]
-pub(super) struct Pixels<'a, T, const N: usize> {
+pub(super) struct Pixels<'a, T> {
     /// Valid for a vector from `channel` on.
-    pub pixels: &'a [[&'a [T]; N]; N],
+    pub pixels: &'a [[&'a [T]; MAX]; MAX],
     pub channel: usize,
 }
 
-impl<T: Float, S: Simd, const N: usize> Source<S> for Pixels<'_, T, N> {
+impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
         // SAFETY: the caller's.
@@ -70,239 +51,112 @@ impl<S: Simd> Source<S> for Taps<'_> {
     }
 }
 
-/// Vectors `stride` values apart, in rows of `N`.
+/// Vectors in memory.
 #[derive(Clone, Copy)]
-pub(super) struct Plane<W, const N: usize> {
-    /// Valid for a vector at every multiple of the stride that is asked for.
+pub(super) struct Plane<W> {
+    /// Valid for a vector wherever one is asked for.
     pub first: *mut W,
-    pub stride: usize,
+    /// Values from one to the next, down and across.
+    pub steps: [usize; 2],
 }
 
-impl<W: Float, S: Simd, const N: usize> Source<S> for Plane<W, N> {
+impl<W> Plane<W> {
+    /// # Safety
+    /// Within what `first` is valid for.
+    #[inline(always)]
+    unsafe fn at(&self, i: usize, j: usize) -> *mut W {
+        // SAFETY: the contract.
+        unsafe { self.first.add(i * self.steps[0] + j * self.steps[1]) }
+    }
+}
+
+impl<W: Float, S: Simd> Source<S> for Plane<W> {
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
         // SAFETY: the caller's.
-        unsafe { W::load(simd, self.first.add((i * N + j) * self.stride)) }
+        unsafe { W::load(simd, self.at(i, j)) }
     }
 }
 
-impl<W: Float, S: Simd, const N: usize> Sink<S> for Plane<W, N> {
+impl<W: Float, S: Simd> Sink<S> for Plane<W> {
     #[inline(always)]
     unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
         // SAFETY: the caller's.
-        unsafe { W::store(simd, self.first.add((i * N + j) * self.stride), value) };
+        unsafe { W::store(simd, self.at(i, j), value) };
     }
 }
 
-/// Vectors of words `stride` values apart, in rows of `N`, whose last values come from a plane.
-struct Words<W, const N: usize> {
-    first: *mut W,
-    stride: usize,
-    last: Plane<f32, N>,
+/// Vectors of words in memory, whose last values come from another plane.
+struct Words<W> {
+    words: Plane<W>,
+    last: Plane<f32>,
 }
 
-impl<W: Float, S: Simd, const N: usize> Sink<S> for Words<W, N> {
+impl<W: Float, S: Simd> Sink<S> for Words<W> {
     #[inline(always)]
     unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
         // SAFETY: the caller's.
         unsafe {
             let last = if W::PER_WORD > 1 { self.last.load(simd, i, j) } else { value };
-            W::store_words(simd, self.first.add((i * N + j) * self.stride), value, last);
+            W::store_words(simd, self.words.at(i, j), value, last);
         }
     }
 }
 
-/// The transform along the columns, then along the rows. Two rows at a time: all of them would not fit the registers, and passing
-/// them through memory costs more than loading columns again.
+/// The transform along the columns, and then along the rows.
 ///
 /// # Safety
-/// The source has `A` rows and columns, the sink room for `B`.
+/// The source has a row and a column for each of the transform's values, the sink room for each of its results.
 #[inline(always)]
-pub(super) unsafe fn along_both<X: Axis<A, B>, S: Simd, const A: usize, const B: usize>(
+pub(super) unsafe fn along_both<X: Transform, S: Simd>(
     simd: S,
+    room: &mut Room,
     source: impl Source<S>,
     sink: impl Sink<S>,
 ) {
-    unrolled!(GROUP => {
-        if GROUP < const { X::TOGETHER.len() } {
-            let [first, second] = const { X::TOGETHER[GROUP % X::TOGETHER.len()] };
-            let mut rows = [[simd.splat(0.0); A]; 2];
-            unrolled!(J => {
-                if J < A {
-                    let mut column = [simd.splat(0.0); A];
-                    unrolled!(I => {
-                        if I < A {
-                            // SAFETY: the contract.
-                            column[I % A] = unsafe { source.load(simd, I, J) };
-                        }
-                    });
-                    let values = X::apply(simd, &column);
-                    rows[0][J % A] = values[first];
-                    rows[1][J % A] = values[second];
-                }
-            });
-            let (upper, lower) = (X::apply(simd, &rows[0]), X::apply(simd, &rows[1]));
-            unrolled!(J => {
-                if J < B {
-                    // SAFETY: the contract.
-                    unsafe { sink.store(simd, first, J, upper[J % B]) };
-                }
-            });
-            unrolled!(J => {
-                if J < B && first != second {
-                    // SAFETY: the contract.
-                    unsafe { sink.store(simd, second, J, lower[J % B]) };
-                }
-            });
-        }
-    });
+    for j in 0..X::VALUES {
+        // SAFETY: the contract.
+        let column = vectors!(simd, X::VALUES, I => unsafe { source.load(simd, I, j) });
+        let results = X::apply(simd, &column);
+        let room = room.at::<S>(0, j);
+        unrolled!(I => {
+            if I < X::RESULTS {
+                // SAFETY: vectors `[i, j]` of the room.
+                unsafe { simd.store(room.add(I * MAX * S::LANES), results[I]) };
+            }
+        });
+    }
+    for i in 0..X::RESULTS {
+        let room = room.at::<S>(i, 0);
+        // SAFETY: the columns have stored a vector for each result and each value.
+        let row = vectors!(simd, X::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
+        let results = X::apply(simd, &row);
+        unrolled!(J => {
+            if J < X::RESULTS {
+                // SAFETY: the contract.
+                unsafe { sink.store(simd, i, J, results[J]) };
+            }
+        });
+    }
 }
 
-/// [`along_both`] of the first and the last source of a word, to vectors of words, `stride` values apart from `out` on.
+/// [`along_both`] of the first and the last source of a word, to vectors of words.
 ///
 /// # Safety
-/// As for [`along_both`], and `out` is valid for a vector of words at each multiple of the stride.
+/// As for [`along_both`].
 #[inline(always)]
-pub(super) unsafe fn transform_words<X: Axis<A, B>, S: Simd, W: Float, const A: usize, const B: usize>(
+pub(super) unsafe fn transform_words<X: Transform, S: Simd, W: Float>(
     simd: S,
     [first, last]: [impl Source<S>; 2],
-    room: &mut Room,
-    out: *mut W,
-    stride: usize,
+    [room, plane]: &mut [Room; 2],
+    words: Plane<W>,
 ) {
-    let plane = Plane { first: room.at::<S>(0, 0), stride: S::LANES };
+    let plane = Plane { first: plane.at::<S>(0, 0), steps: [MAX * S::LANES, S::LANES] };
     // SAFETY: the room has as many vectors as a transform has results; the contract.
     unsafe {
         if W::PER_WORD > 1 {
-            along_both::<X, S, A, B>(simd, last, plane);
+            along_both::<X, S>(simd, room, last, plane);
         }
-        along_both::<X, S, A, B>(simd, first, Words::<W, B> { first: out, stride, last: plane });
-    }
-}
-
-/// `x` times a constant.
-#[inline(always)]
-fn times<S: Simd>(s: S, factor: f32, x: S::V) -> S::V {
-    if factor == 1.0 { x } else { s.mul_add(s.splat(factor), x, s.splat(0.0)) }
-}
-
-/// `x` times a constant, and `y`.
-#[inline(always)]
-fn plus<S: Simd>(s: S, factor: f32, x: S::V, y: S::V) -> S::V {
-    match factor {
-        1.0 => s.add(y, x),
-        -1.0 => s.sub(y, x),
-        _ => s.mul_add(s.splat(factor), x, y),
-    }
-}
-
-/// The product of a point and its distances from the other finite ones: of zero, `a` and `b`. Of `-a` and `-b` it is the same.
-const fn normalisers([a, b]: [f32; 2]) -> [f32; 3] {
-    [a * a * b * b, 2.0 * a * a * (a * a - b * b), 2.0 * b * b * (b * b - a * a)]
-}
-
-/// `G g`: the taps of a filter.
-pub(super) struct FilterAxis<W>(PhantomData<W>);
-
-impl<W: Float> Axis<3, 6> for FilterAxis<W> {
-    const TOGETHER: &'static [[usize; 2]] = &[[0, 5], [1, 2], [3, 4]];
-
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, &[g0, g1, g2]: &[S::V; 3]) -> [S::V; 6] {
-        let ([a, b], [zero, near, far]) = const { (W::POINTS, normalisers(W::POINTS)) };
-        let (even, odd) = (plus(s, a * a / near, g2, times(s, 1.0 / near, g0)), times(s, a / near, g1));
-        let (far_even, far_odd) = (plus(s, b * b / far, g2, times(s, 1.0 / far, g0)), times(s, b / far, g1));
-        [
-            times(s, 1.0 / zero, g0),
-            s.add(even, odd),
-            s.sub(even, odd),
-            s.add(far_even, far_odd),
-            s.sub(far_even, far_odd),
-            g2,
-        ]
-    }
-}
-
-/// `B^T d`: inputs.
-pub(super) struct InputAxis<W>(PhantomData<W>);
-
-impl<W: Float> Axis<6, 6> for InputAxis<W> {
-    const TOGETHER: &'static [[usize; 2]] = &[[0, 5], [1, 2], [3, 4]];
-
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, &[d0, d1, d2, d3, d4, d5]: &[S::V; 6]) -> [S::V; 6] {
-        let [a, b] = W::POINTS;
-        let (product, sum) = (a * a * b * b, a * a + b * b);
-        let (even, odd) = (plus(s, -b * b, d2, d4), plus(s, -b * b, d1, d3));
-        let (far_even, far_odd) = (plus(s, -a * a, d2, d4), plus(s, -a * a, d1, d3));
-        [
-            plus(s, product, d0, plus(s, -sum, d2, d4)),
-            plus(s, a, odd, even),
-            plus(s, -a, odd, even),
-            plus(s, b, far_odd, far_even),
-            plus(s, -b, far_odd, far_even),
-            plus(s, product, d1, plus(s, -sum, d3, d5)),
-        ]
-    }
-}
-
-/// `A^T m`: sums of products to outputs.
-pub(super) struct OutputAxis<W>(PhantomData<W>);
-
-impl<W: Float> Axis<6, 4> for OutputAxis<W> {
-    const TOGETHER: &'static [[usize; 2]] = &[[0, 2], [1, 3]];
-
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, &[m0, m1, m2, m3, m4, m5]: &[S::V; 6]) -> [S::V; 4] {
-        let [a, b] = W::POINTS;
-        let (near, near_odd) = (s.add(m1, m2), s.sub(m1, m2));
-        let (far, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        [
-            s.add(s.add(m0, near), far),
-            plus(s, b, far_odd, times(s, a, near_odd)),
-            plus(s, b * b, far, times(s, a * a, near)),
-            s.add(plus(s, b * b * b, far_odd, times(s, a * a * a, near_odd)), m5),
-        ]
-    }
-}
-
-/// `A g`, the transpose of [`OutputAxis`]: gradients of outputs.
-pub(super) struct GradientAxis<W>(PhantomData<W>);
-
-impl<W: Float> Axis<4, 6> for GradientAxis<W> {
-    const TOGETHER: &'static [[usize; 2]] = &[[0, 5], [1, 2], [3, 4]];
-
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, &[g0, g1, g2, g3]: &[S::V; 4]) -> [S::V; 6] {
-        let [a, b] = W::POINTS;
-        let (even, odd) = (plus(s, a * a, g2, g0), plus(s, a * a, g3, g1));
-        let (far_even, far_odd) = (plus(s, b * b, g2, g0), plus(s, b * b, g3, g1));
-        [
-            g0,
-            plus(s, a, odd, even),
-            plus(s, -a, odd, even),
-            plus(s, b, far_odd, far_even),
-            plus(s, -b, far_odd, far_even),
-            g3,
-        ]
-    }
-}
-
-/// `G^T m`, the transpose of [`FilterAxis`]: sums of products to the gradient of a filter.
-pub(super) struct FilterGradientAxis<W>(PhantomData<W>);
-
-impl<W: Float> Axis<6, 3> for FilterGradientAxis<W> {
-    const TOGETHER: &'static [[usize; 2]] = &[[0, 2], [1, 1]];
-
-    #[inline(always)]
-    fn apply<S: Simd>(s: S, &[m0, m1, m2, m3, m4, m5]: &[S::V; 6]) -> [S::V; 3] {
-        let ([a, b], [zero, near, far]) = const { (W::POINTS, normalisers(W::POINTS)) };
-        let (even, odd) = (s.add(m1, m2), s.sub(m1, m2));
-        let (far_even, far_odd) = (s.add(m3, m4), s.sub(m3, m4));
-        [
-            plus(s, 1.0 / zero, m0, plus(s, 1.0 / near, even, times(s, 1.0 / far, far_even))),
-            plus(s, a / near, odd, times(s, b / far, far_odd)),
-            s.add(m5, plus(s, a * a / near, even, times(s, b * b / far, far_even))),
-        ]
+        along_both::<X, S>(simd, room, first, Words { words, last: plane });
     }
 }

@@ -5,15 +5,17 @@
 
 use super::axes::*;
 use super::check_operands;
-use super::parts::{Place, TileGrid};
-use super::points::OUTPUTS;
-use super::transforms::Room;
+use super::parts::{Part, TileGrid};
+use super::strips::finish;
+use super::tiles::{Inputs, Layout, Outputs};
+use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// With more channels, of input or output, the transformed filters, four times the filters, do not stay in L2 beside the
@@ -23,6 +25,11 @@ pub(super) const MAX_CHANNELS: usize = 128;
 const BLOCK_TILES: usize = 18;
 /// Panels are divided among tasks until there are this many.
 const TASKS: usize = 8;
+
+/// Values of a filter, and products of a tile for a pair of channels.
+const fn positions_of<W: Float>() -> usize {
+    values::<W>(1).pow(2)
+}
 
 /// Filters transformed and packed for the micro-kernel: `[position][panel of O][word of C][column of the panel]`, zero-padded. `W` is
 /// the type whose products are taken.
@@ -51,7 +58,7 @@ impl<W: Float> BlockFilter<W> {
         assert_eq!(filter.len(), o * 9 * c);
         let width = isa.tile_columns();
         let panels = o.div_ceil(width);
-        let mut packed = Scratch::take(POSITIONS * panels * c * width);
+        let mut packed = Scratch::take(positions_of::<W>() * panels * c * width);
         if !o.is_multiple_of(width) {
             packed.fill(W::default());
         }
@@ -105,15 +112,18 @@ impl<W: Float> Task for FilterTransform<'_, W> {
     fn run<S: Simd>(self, simd: S) {
         let (o, width) = (self.taps[0][0].len(), S::LANES * S::VECTORS);
         assert!(o.is_multiple_of(S::LANES) && self.taps.as_flattened().iter().all(|tap| tap.len() == o));
+        let mut rooms = [Room::new(), Room::new()];
         for column in (0..o).step_by(S::LANES) {
             let at = column / width * self.panel + (self.word * width + column % width) * W::PER_WORD;
-            let mut room = Room::new();
+            let taps = self.taps.each_ref().map(|taps| Taps { taps, column });
             // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on; this word's row of every
             // panel is this task's alone.
             unsafe {
-                let taps = self.taps.each_ref().map(|taps| Taps { taps, column });
-                let out = self.out.pointer().add(at);
-                transform_words::<FilterAxis<W>, S, W, 3, IN>(simd, taps, &mut room, out, self.stride);
+                let words = Plane {
+                    first: self.out.pointer().add(at),
+                    steps: [values::<W>(1) * self.stride, self.stride],
+                };
+                transform_words::<Filter<W, 1>, S, W>(simd, taps, &mut rooms, words);
             }
         }
     }
@@ -128,8 +138,7 @@ pub fn forward<T: Float, W: Float>(
     y: &mut [T],
 ) {
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
-    let grid = TileGrid::new(shape);
-    let tiles = grid.count();
+    let tiles = TileGrid::new(shape, axis::<W>(1).outputs).count();
     if tiles == 0 {
         return;
     }
@@ -144,150 +153,67 @@ pub fn forward<T: Float, W: Float>(
     (0..groups * blocks).into_par_iter().for_each(|task| {
         let (first, block) = (task / blocks * group, task % blocks);
         let start = |block: usize| tiles.min(block * rows / blocks * TILE_ROWS);
-        let tiles = start(block)..start(block + 1);
+        let part = &Part::new(shape, axis::<W>(1), start(block)..start(block + 1));
         let panels = first.min(panels)..(first + group).min(panels);
-        dispatch(filter.isa, Block { x, filter, shape, grid, y: &out, epilogue, tiles, panels });
+        let outputs = Outputs { part, shape, epilogue, y: &out, transform: PhantomData };
+        forward_block(x, filter, &outputs, panels);
     });
 }
 
-/// Some tiles and some panels of filters.
-struct Block<'a, T, W> {
-    x: &'a [T],
-    filter: &'a BlockFilter<W>,
-    shape: &'a ConvShape,
-    grid: TileGrid,
-    y: &'a Output<T>,
-    epilogue: Epilogue<'a, T>,
-    tiles: Range<usize>,
-    panels: Range<usize>,
+/// The outputs of some panels of filters in all tiles of a part.
+fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: &Outputs<T, W>, panels: Range<usize>) {
+    let (part, shape, isa) = (outputs.part, outputs.shape, filter.isa);
+    let (count, across, width) = (part.places.len(), values::<W>(1), isa.tile_columns());
+    if count == 0 || panels.is_empty() {
+        return;
+    }
+    // [tile][position down][position across][channel]
+    let tile = across * across * shape.c;
+    let mut inputs = Scratch::<W>::take(count * tile);
+    let layout = Layout { row: across * shape.c, slot: shape.c, tile, word: W::PER_WORD };
+    let to = &Output::new(&mut inputs);
+    dispatch(isa, Inputs::<T, W, 1> { x, shape, part, tiles: 0..count, to, layout });
+    let mut products = Scratch::<f32>::take(across * across * part.room() * width);
+    for panel in panels {
+        let channels = panel * width..shape.o.min((panel + 1) * width);
+        let (inputs, columns) = (&*inputs, channels.len());
+        dispatch(isa, Panel { inputs, part, filter, panel, columns, products: &mut products });
+        finish::<T, W, 1>(isa, outputs, &products, channels);
+    }
 }
 
-impl<T: Float, W: Float> Task for Block<'_, T, W> {
+/// The products of a panel at all positions, as [`finish`] takes them.
+struct Panel<'a, W> {
+    /// `[tile][position][channel]`
+    inputs: &'a [W],
+    part: &'a Part,
+    filter: &'a BlockFilter<W>,
+    panel: usize,
+    columns: usize,
+    products: &'a mut [f32],
+}
+
+impl<W: Float> Task for Panel<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let count = self.tiles.len();
-        if count == 0 || self.panels.is_empty() {
-            return;
-        }
-        let (c, width) = (self.shape.c, S::LANES * S::VECTORS);
-        // Transformed inputs [position][tile][channel], products [position][tile][column of the panel], the latter in whole
-        // tiles of the micro-kernel.
-        let padded = count.next_multiple_of(TILE_ROWS);
-        let mut inputs = Scratch::<W>::take(POSITIONS * count * c);
-        let mut products = Scratch::<f32>::take(POSITIONS * padded * width);
-        for (i, tile) in self.tiles.clone().enumerate() {
-            // SAFETY: there is room for `count` tiles of `c` channels at each position.
-            unsafe {
-                let out = inputs.as_mut_ptr().add(i * c);
-                self.transform_input(simd, tile, out, count * c);
+        let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, values::<W>(1));
+        let position_len = self.part.room() * width;
+        for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
+            let b = self.filter.panel(position, self.panel);
+            assert!(b.len() >= depth * width);
+            let tiles = self.part.tiles_at([position / across, position % across]);
+            for (tiles, sums) in tiles.chunks(TILE_ROWS).zip(products.chunks_exact_mut(TILE_ROWS * width)) {
+                let runs = [std::array::from_fn(|lane| {
+                    let tile = tiles[lane.min(tiles.len() - 1)];
+                    self.inputs[(tile * across * across + position) * depth..][..depth].as_ptr().cast()
+                })];
+                let extents = [tiles.len(), self.columns];
+                let tile = Tile::of_sums(&runs, depth / W::PER_WORD, b, extents, sums.as_mut_ptr());
+                // SAFETY: runs are `depth` long, `b` has as many full rows, and there is room for a full tile of sums.
+                unsafe { tile.compute(simd) };
             }
-        }
-        for panel in self.panels.clone() {
-            let columns = width.min(self.shape.o - panel * width);
-            for position in 0..POSITIONS {
-                let a = &inputs[position * count * c..][..count * c];
-                let product = &mut products[position * padded * width..][..padded * width];
-                multiply_panel(simd, a, c, self.filter.panel(position, panel), product, columns);
-            }
-            for (i, tile) in self.tiles.clone().enumerate() {
-                self.transform_output(simd, tile, &products[i * width..], padded * width, panel * width, columns);
-            }
-        }
-    }
-}
-
-/// `c = a [rows, depth] b [words of the depth, width]`; `c` holds whole tiles of `width` columns.
-#[inline(always)]
-fn multiply_panel<S: Simd, W: Float>(simd: S, a: &[W], depth: usize, b: &[W], c: &mut [f32], columns: usize) {
-    let width = S::LANES * S::VECTORS;
-    let rows = a.len() / depth;
-    assert!(b.len() >= depth * width && c.len() >= rows.next_multiple_of(TILE_ROWS) * width);
-    for start in (0..rows).step_by(TILE_ROWS) {
-        let runs = [std::array::from_fn(|lane| a[(start + lane).min(rows - 1) * depth..][..depth].as_ptr().cast())];
-        let sums = c[start * width..].as_mut_ptr();
-        let tile = Tile::of_sums(&runs, depth / W::PER_WORD, b, [TILE_ROWS.min(rows - start), columns], sums);
-        // SAFETY: runs are `depth` long, `b` has as many full rows, and `c` room for a full tile from there on.
-        unsafe { tile.compute(simd) };
-    }
-}
-
-impl<T: Float, W: Float> Block<'_, T, W> {
-    /// `B^T d B` of one tile, all channels; position `p` goes to `out + p * stride`.
-    ///
-    /// # Safety
-    /// `out` is valid for `c` values at each of the positions.
-    #[inline(always)]
-    unsafe fn transform_input<S: Simd>(&self, simd: S, tile: usize, out: *mut W, stride: usize) {
-        let pixels = self.grid.inputs(self.x, self.shape, tile);
-        for channel in (0..self.shape.c).step_by(S::LANES) {
-            // SAFETY: every pixel has `c` values, and a whole vector of them from `channel` on; the contract.
-            unsafe {
-                let out = Plane::<W, IN> { first: out.add(channel), stride };
-                along_both::<InputAxis<W>, S, IN, IN>(simd, Pixels { pixels: &pixels, channel }, out);
-            }
-        }
-    }
-
-    /// `A^T m A` of one tile and panel with the epilogue, to the outputs that lie inside the image.
-    #[inline(always)]
-    fn transform_output<S: Simd>(
-        &self,
-        simd: S,
-        tile: usize,
-        products: &[f32],
-        stride: usize,
-        column: usize,
-        columns: usize,
-    ) {
-        let ([oh, ow], o) = (self.shape.output(), self.shape.o);
-        let Place { image, top, left } = self.grid.place(tile);
-        let (rows, row_len) = (oh - top, ow - left);
-        let first = ((image * oh + top) * ow + left) * o + column;
-        assert!(products.len() >= (POSITIONS - 1) * stride + columns && columns.is_multiple_of(S::LANES));
-        for at in (0..columns).step_by(S::LANES) {
-            // SAFETY: a bias has as many values as there are columns.
-            let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[column + at..].as_ptr()) });
-            let out = Outputs {
-                y: self.y.pointer(),
-                epilogue: self.epilogue,
-                bias,
-                first: first + at,
-                row: ow * o,
-                pixel: o,
-                rows,
-                columns: row_len,
-            };
-            // SAFETY: as asserted, a vector from `at` on is there at every position; outputs that lie inside the image are this
-            // task's alone, and the residual is as long.
-            unsafe {
-                let products = Plane::<f32, IN> { first: products.as_ptr().add(at).cast_mut(), stride };
-                along_both::<OutputAxis<W>, S, IN, OUTPUTS>(simd, products, out);
-            }
-        }
-    }
-}
-
-/// Where the outputs of a tile go, with the epilogue; those beyond the image nowhere.
-struct Outputs<'a, T, V> {
-    y: *mut T,
-    epilogue: Epilogue<'a, T>,
-    bias: Option<V>,
-    first: usize,
-    row: usize,
-    pixel: usize,
-    /// Rows and columns inside the image.
-    rows: usize,
-    columns: usize,
-}
-
-impl<T: Float, S: Simd> Sink<S> for Outputs<'_, T, S::V> {
-    #[inline(always)]
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
-        if i < self.rows && j < self.columns {
-            // SAFETY: the caller's.
-            unsafe { self.epilogue.store(simd, value, self.bias, self.y, self.first + i * self.row + j * self.pixel) };
         }
     }
 }

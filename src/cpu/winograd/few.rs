@@ -1,7 +1,7 @@
 //! Winograd's algorithm for a few tiles of many channels: the last layers of one picture.
 //!
-//! What [`super::strips`] does, bit by bit, but transformed filters are never stored. Where four tiles share a filter, passing
-//! its 36 values through L2 takes longer than the products. So a task takes one vector of output channels and one row of
+//! What [`super::strips`] does, bit by bit, but transformed filters are never stored. Where a few tiles share a filter, passing
+//! its values, 36 or 81, through L2 takes longer than the products. So a task takes one vector of output channels and one row of
 //! positions at a time. For one word of input channels after the other it transforms the filters, in registers, to the values of that
 //! row, and multiplies each with the inputs of all tiles. Taps, which stay in L1, are read once for each row, and their transform along
 //! the columns is not shared among rows: that is less than what stores would cost.
@@ -9,7 +9,7 @@
 use super::parts::Part;
 use super::points::*;
 use super::strips::{StripFilter, WORDS};
-use super::tiles::{Inputs, Layout, Outputs};
+use super::tiles::{Finish, Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -20,10 +20,10 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Tiles whose sums at a row of positions fill the registers.
+/// Tiles whose sums at a row of positions, or at half of a long one, fill the registers.
 const TILES: usize = 4;
 /// Registers that sums take.
-const SUMS: usize = VALUES * TILES;
+const SUMS: usize = 24;
 /// More tiles than these, divided by the values of a word, and filters are better transformed once for all.
 const MAX_TILES: usize = 8;
 /// Words of input channels whose taps are used for all rows before the next: they stay in L1. With a stride sums of several slots
@@ -37,6 +37,14 @@ pub(super) fn suits<W: Float>(isa: Isa, tiles: usize) -> bool {
     tiles <= MAX_TILES / W::PER_WORD && isa.registers() > SUMS
 }
 
+/// Slots of a row whose sums are in registers together for [`TILES`] tiles.
+const SLOTS: usize = SUMS / TILES;
+
+/// Tiles whose sums are in registers together: where rows are long, that many of one or two tiles at a whole row.
+fn group(tiles: usize, slots: usize) -> usize {
+    if slots > SLOTS && tiles <= 2 { tiles } else { TILES }
+}
+
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride `STRIDE`, which [`suits`].
 pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     x: &[T],
@@ -45,11 +53,12 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let part = &Part::all(shape, 1)[0];
-    let (tiles, corners) = (part.places.len(), are_corners(part));
-    let (words, slots) = (shape.c / W::PER_WORD, slots(axis(STRIDE)));
+    let axis = axis::<W>(STRIDE);
+    let part = &Part::all(shape, axis, 1)[0];
+    let (tiles, words, slots) = (part.places.len(), shape.c / W::PER_WORD, slots(axis));
+    let (group, corners) = (group(tiles, slots), are_corners(part));
     let tile = slots * W::PER_WORD;
-    let word = tiles.next_multiple_of(TILES) * tile;
+    let word = tiles.next_multiple_of(group) * tile;
     let layout = Layout { row: words * word, slot: W::PER_WORD, tile, word };
     let mut inputs = Scratch::<W>::take(slots * layout.row);
     if STRIDE > 1 {
@@ -60,107 +69,121 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     (0..tiles).into_par_iter().for_each(|tile| {
         dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, to, layout });
     });
-    let (inputs, y) = (&inputs, &Output::new(y));
-    (0..shape.o / filter.isa.lanes()).into_par_iter().for_each(|vector| {
-        let outputs = Outputs { part, shape, epilogue, y, transform: PhantomData };
-        dispatch(filter.isa, Vector::<T, W, STRIDE> { inputs, layout, filter, vector, corners, outputs });
+    let outputs = &Outputs { part, shape, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
+    let (inputs, isa) = (&inputs, filter.isa);
+    (0..shape.o / isa.lanes()).into_par_iter().for_each(|vector| {
+        let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });
+        let of_group = sums.len() / tiles.div_ceil(group);
+        for tile in 0..tiles {
+            let starts = std::array::from_fn(|position| (position * TILES + tile % group) * isa.lanes());
+            let (sums, channels) = (&sums[tile / group * of_group..], vector * isa.lanes()..(vector + 1) * isa.lanes());
+            dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts: &starts });
+        }
     });
 }
 
-/// The outputs of a vector of channels in all tiles.
-struct Vector<'a, T, W, const STRIDE: usize> {
+/// Sums of a vector of channels in all tiles: `[group of tiles][position down][position across][tile of the group]`, vectors.
+struct Vector<'a, W, const STRIDE: usize> {
     /// `[slot down][word][tile][slot across]`, whole groups of tiles; positions and tiles that there are not may read anything.
     inputs: &'a [W],
     layout: Layout,
     filter: &'a StripFilter<W>,
     vector: usize,
+    tiles: usize,
+    /// Tiles whose sums are in registers together.
+    group: usize,
     /// Whether the tiles are [`CORNER_TILES`].
     corners: bool,
-    outputs: Outputs<'a, T, W, STRIDE>,
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Task for Vector<'_, T, W, STRIDE> {
-    type Output = ();
+impl<W: Float, const STRIDE: usize> Task for Vector<'_, W, STRIDE> {
+    type Output = Scratch<f32>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(self, simd: S) -> Scratch<f32> {
         // The others never come here, and need not be compiled.
         if const { S::REGISTERS <= SUMS } {
             unreachable!("{} registers", S::REGISTERS);
         }
-        let (words, tiles) = (self.filter.c / W::PER_WORD, self.outputs.part.places.len());
-        let across = positions(axis(STRIDE), OUTPUTS);
-        // [group of tiles][position down][position across][tile of the group], vectors.
+        let words = self.filter.c / W::PER_WORD;
+        let across = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         let group = across * across * TILES * S::LANES;
-        let mut sums = Scratch::<f32>::take(tiles.div_ceil(TILES) * group);
+        let mut sums = Scratch::<f32>::take(self.tiles.div_ceil(self.group) * group);
         for start in (0..words).step_by(together(STRIDE)) {
             let words = start..words.min(start + together(STRIDE));
-            for row in 0..slots(axis(STRIDE)) {
+            for row in 0..const { slots(axis::<W>(STRIDE)) } {
                 for (i, sums) in sums.chunks_exact_mut(group).enumerate() {
-                    let sums = &mut sums[position_of(axis(STRIDE), row) * across * TILES * S::LANES..];
+                    let sums = &mut sums[position_of(axis::<W>(STRIDE), row) * across * TILES * S::LANES..];
                     self.multiply(simd, words.clone(), row, i, sums);
                 }
             }
         }
-        let mut room = Room::new();
-        for tile in 0..tiles {
-            let sums = &sums[tile / TILES * group..][..group];
-            let starts = std::array::from_fn(|position| (position * TILES + tile % TILES) * S::LANES);
-            self.outputs.finish(simd, tile, self.vector * S::LANES, sums, &starts, &mut room);
-        }
+        sums
     }
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Vector<'_, T, W, STRIDE> {
+impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
     /// Adds the products of some words of channels at a slot down, for a group of tiles, to `sums[position across][tile]`.
     #[inline(always)]
     fn multiply<S: Simd>(&self, simd: S, words: Range<usize>, row: usize, group: usize, sums: &mut [f32]) {
-        let (word_len, tiles) = (TAPS * TAPS * S::LANES * W::PER_WORD, self.layout.tile * TILES);
+        let axis = axis::<W>(STRIDE);
+        let (word_len, tiles) = (TAPS * TAPS * S::LANES * W::PER_WORD, self.layout.tile * self.group);
         let taps = &self.filter.taps[self.filter.start(self.vector, words.start)..][..words.len() * word_len];
         let inputs =
             &self.inputs[row * self.layout.row + group * tiles..][..(words.end - 1) * self.layout.word + tiles];
-        assert!(sums.len() >= positions(axis(STRIDE), OUTPUTS) * TILES * S::LANES);
+        assert!(sums.len() >= positions(axis, axis.outputs) * TILES * S::LANES);
         let product = Product {
             taps: taps.as_ptr(),
             inputs: inputs[words.start * self.layout.word..].as_ptr().cast(),
             step: self.layout.word / W::PER_WORD,
             words: words.len(),
+            group: self.group,
             corners: self.corners,
             sums: sums.as_mut_ptr(),
-            first: words.start == 0 && row == position_of(axis(STRIDE), row),
+            first: words.start == 0 && row == position_of(axis, row),
         };
-        // SAFETY: there are as many taps, inputs and sums, as the slices say.
-        unsafe {
-            match value_of(row) {
-                0 => product.add_phases::<S, STRIDE, 0>(simd),
-                1 => product.add_phases::<S, STRIDE, 1>(simd),
-                2 => product.add_phases::<S, STRIDE, 2>(simd),
-                3 => product.add_phases::<S, STRIDE, 3>(simd),
-                4 => product.add_phases::<S, STRIDE, 4>(simd),
-                _ => product.add_phases::<S, STRIDE, 5>(simd),
+        let value = value_of::<W>(STRIDE, row);
+        unrolled!(ROW => {
+            if const { ROW < values::<W>(STRIDE) } && ROW == value {
+                // SAFETY: there are as many taps, inputs and sums, as the slices say.
+                unsafe { product.add_row::<S, STRIDE, ROW>(simd) };
             }
-        }
+        });
     }
 }
 
-/// Whether a tile has products with row `row` of a filter's values at slot `i` across of a phase. With `corners`, where the tiles
-/// are [`CORNER_TILES`], some have three outputs.
-const fn has(corners: bool, stride: usize, row: usize, phase: usize, i: usize, tile: usize) -> bool {
-    if tile >= TILES || i >= phase_slots(axis(stride), phase) {
-        return false;
+/// The slots of a row that are taken together, the first and how many: those of a phase, or where there is one that is too long
+/// for `tiles` tiles, a half of it. Opposite points stay together.
+const fn part_of_row<W: Float>(stride: usize, tiles: usize, part: usize) -> [usize; 2] {
+    let axis = axis::<W>(stride);
+    let all = phase_slots(axis, 0);
+    match (stride, part) {
+        (1, 0) if all * tiles <= SUMS => [0, all],
+        (1, 0) => [0, SLOTS - 1],
+        (1, _) if all * tiles <= SUMS => [all, 0],
+        (1, _) => [SLOTS - 1, all - (SLOTS - 1)],
+        _ => [first_slot(axis, part), phase_slots(axis, part)],
     }
-    let [down, across] = if corners { CORNER_TILES[tile] } else { [OUTPUTS; 2] };
-    // The last value stands for several slots with a stride, some of which every tile has.
-    let any = stride > 1 && row == VALUES - 1;
-    (any || has_slot(axis(stride), down, row)) && has_slot(axis(stride), across, first_slot(axis(stride), phase) + i)
 }
 
-/// The tiles of a picture of seven by seven outputs, in the order of a part.
+/// The tiles of a picture of seven by seven outputs, in the order of a part, where whole tiles have four.
 const CORNER_TILES: [[usize; 2]; TILES] = [[4, 4], [4, 3], [3, 4], [3, 3]];
 
 /// Whether a part has the tiles [`CORNER_TILES`].
 fn are_corners(part: &Part) -> bool {
-    part.outputs == CORNER_TILES && part.classes.iter().all(|class| class.len() == 1)
+    part.outputs == CORNER_TILES && part.classes().all(|class| class.len() == 1)
+}
+
+/// Whether tile `tile` has products with row `row` of a filter's values at a slot across. `corners`: where the tiles are
+/// [`CORNER_TILES`], some have three outputs.
+const fn has_product<W: Float>(stride: usize, corners: bool, row: usize, slot: usize, tile: usize) -> bool {
+    if !corners || tile >= TILES {
+        return tile < TILES;
+    }
+    let (axis, [down, across]) = (axis::<W>(stride), CORNER_TILES[tile]);
+    // The last value stands for several slots with a stride, some of which every tile has.
+    let any = stride > 1 && row + 1 == values::<W>(stride);
+    (any || has_slot(axis, down, row)) && has_slot(axis, across, slot)
 }
 
 /// Some words of input channels at a slot down.
@@ -171,7 +194,8 @@ struct Product<W> {
     inputs: *const f32,
     step: usize,
     words: usize,
-    /// As [`Vector::corners`].
+    /// As in [`Vector`].
+    group: usize,
     corners: bool,
     /// `[position across][tile]`, vectors.
     sums: *mut f32,
@@ -185,99 +209,144 @@ impl<W: Float> Product<W> {
     /// # Safety
     /// All pointers are valid for what they are said to point to, for a group of tiles.
     #[inline(always)]
-    unsafe fn add_phases<S: Simd, const STRIDE: usize, const ROW: usize>(&self, simd: S) {
+    unsafe fn add_row<S: Simd, const STRIDE: usize, const ROW: usize>(&self, simd: S) {
+        let long = const { phase_slots(axis::<W>(STRIDE), 0) > SLOTS };
         // SAFETY: the contract.
         unsafe {
-            match self.corners {
-                true => self.add::<S, STRIDE, ROW, 0, true>(simd, self.first),
-                false => self.add::<S, STRIDE, ROW, 0, false>(simd, self.first),
-            }
-            if STRIDE > 1 {
-                match self.corners {
-                    true => self.add::<S, STRIDE, ROW, 1, true>(simd, false),
-                    false => self.add::<S, STRIDE, ROW, 1, false>(simd, false),
-                }
+            match self.group {
+                1 if long => self.add::<S, STRIDE, ROW, 0, 1, false>(simd),
+                2 if long => self.add::<S, STRIDE, ROW, 0, 2, false>(simd),
+                _ if !long && self.corners => self.add_parts::<S, STRIDE, ROW, true>(simd),
+                _ => self.add_parts::<S, STRIDE, ROW, false>(simd),
             }
         }
     }
 
-    /// Adds those at the slots across of a phase.
+    /// # Safety
+    /// As for [`Product::add_row`].
+    #[inline(always)]
+    unsafe fn add_parts<S: Simd, const STRIDE: usize, const ROW: usize, const CORNERS: bool>(&self, simd: S) {
+        // SAFETY: the contract.
+        unsafe {
+            self.add::<S, STRIDE, ROW, 0, TILES, CORNERS>(simd);
+            if const { part_of_row::<W>(STRIDE, TILES, 1)[1] > 0 } {
+                self.add::<S, STRIDE, ROW, 1, TILES, CORNERS>(simd);
+            }
+        }
+    }
+
+    /// Whether tile `tile` has products at slot `i` of a part of a row.
+    const fn has<
+        const STRIDE: usize,
+        const ROW: usize,
+        const PART: usize,
+        const GROUP: usize,
+        const CORNERS: bool,
+    >(
+        i: usize,
+        tile: usize,
+    ) -> bool {
+        has_product::<W>(STRIDE, CORNERS, ROW, part_of_row::<W>(STRIDE, GROUP, PART)[0] + i, tile)
+    }
+
+    /// Adds those at a part of the slots across, for `GROUP` tiles.
     ///
     /// # Safety
-    /// As for [`Product::add_phases`].
+    /// As for [`Product::add_row`].
     #[inline(always)]
-    unsafe fn add<S: Simd, const STRIDE: usize, const ROW: usize, const PHASE: usize, const CORNERS: bool>(
+    unsafe fn add<
+        S: Simd,
+        const STRIDE: usize,
+        const ROW: usize,
+        const PART: usize,
+        const GROUP: usize,
+        const CORNERS: bool,
+    >(
         &self,
         simd: S,
-        first: bool,
     ) {
-        let mut sums = [[simd.splat(0.0); TILES]; VALUES];
-        let sum = |i: usize, tile: usize| self.sums.wrapping_add((i * TILES + tile) * S::LANES);
-        if !first {
-            unrolled!(I => {
-                unrolled!(TILE => {
-                    if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
-                        // SAFETY: the contract.
-                        sums[I % VALUES][TILE % TILES] = unsafe { simd.load(sum(I, TILE)) };
+        let mut sums = [[simd.splat(0.0); TILES]; MAX];
+        // Runs `$body` for every slot and tile that has products.
+        macro_rules! at_each {
+            ($I:ident, $TILE:ident => $body:expr) => {
+                unrolled!($I => {
+                    if const { $I < part_of_row::<W>(STRIDE, GROUP, PART)[1] } {
+                        unrolled!($TILE => {
+                            if const { $TILE < GROUP && Self::has::<STRIDE, ROW, PART, GROUP, CORNERS>($I, $TILE) } {
+                                $body
+                            }
+                        });
                     }
-                });
-            });
+                })
+            };
+        }
+        // Where the sum of a slot and a tile is.
+        macro_rules! sum {
+            ($I:ident, $TILE:ident) => {{
+                let position =
+                    const { position_of(axis::<W>(STRIDE), part_of_row::<W>(STRIDE, GROUP, PART)[0] + $I) };
+                self.sums.wrapping_add((position * TILES + $TILE) * S::LANES)
+            }};
+        }
+        // The slots of a later phase add to the positions of an earlier one.
+        if !(self.first && const { STRIDE == 1 || PART == 0 }) {
+            // SAFETY: the contract.
+            at_each!(I, TILE => sums[I][TILE % TILES] = unsafe { simd.load(sum!(I, TILE)) });
         }
         let tap_len = S::LANES * W::PER_WORD;
         for word in 0..self.words {
             let taps = self.taps.wrapping_add(word * TAPS * TAPS * tap_len);
             let inputs = self.inputs.wrapping_add(word * self.step);
-            if PHASE == 0 {
+            if PART == 0 {
                 // The rows of the filters' values share the lines of the words that come next.
                 let ahead = taps.wrapping_add(self.words * TAPS * TAPS * tap_len);
                 unrolled!(TAP => {
-                    if TAP % VALUES == ROW {
+                    if TAP % const { values::<W>(STRIDE) } == ROW {
                         simd.prefetch(ahead.wrapping_add(TAP * tap_len).cast());
                     }
                 });
             }
             // `[value of a word][column]`
-            let mut columns = [[simd.splat(0.0); TAPS]; 2];
+            let mut columns = [[simd.splat(0.0); MAX]; 2];
             unrolled!(COLUMN => {
                 if COLUMN < TAPS {
-                    let mut column = [[simd.splat(0.0); TAPS]; 2];
+                    let mut column = [[simd.splat(0.0); MAX]; 2];
                     unrolled!(TAP => {
                         if TAP < TAPS {
                             // SAFETY: the contract.
                             let [low, high] = unsafe { W::load_words(simd, taps.add((TAP * TAPS + COLUMN) * tap_len)) };
-                            column[0][TAP % TAPS] = low;
-                            column[1][TAP % TAPS] = high;
+                            column[0][TAP] = low;
+                            column[1][TAP] = high;
                         }
                     });
-                    columns[0][COLUMN % TAPS] = filter_values::<S, W, STRIDE>(simd, column[0])[ROW];
-                    columns[1][COLUMN % TAPS] = filter_values::<S, W, STRIDE>(simd, column[1])[ROW];
+                    columns[0][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[0]);
+                    columns[1][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[1]);
                 }
             });
             unrolled!(I => {
-                if const { I < phase_slots(axis(STRIDE), PHASE) } {
-                    let slot = const { first_slot(axis(STRIDE), PHASE) + I };
+                if const { I < part_of_row::<W>(STRIDE, GROUP, PART)[1] } {
+                    let slot = const { part_of_row::<W>(STRIDE, GROUP, PART)[0] + I };
                     // One value after the other, as there are no registers for all.
-                    let low = filter_values::<S, W, STRIDE>(simd, columns[0])[value_of(slot) % VALUES];
-                    let high = filter_values::<S, W, STRIDE>(simd, columns[1])[value_of(slot) % VALUES];
+                    let [mut low, mut high] = [simd.splat(0.0); 2];
+                    unrolled!(VALUE => {
+                        if const { VALUE == value_of::<W>(STRIDE, part_of_row::<W>(STRIDE, GROUP, PART)[0] + I) } {
+                            low = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[0]);
+                            high = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[1]);
+                        }
+                    });
                     let value = W::words(simd, low, high);
                     unrolled!(TILE => {
-                        if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
+                        if const { TILE < GROUP && Self::has::<STRIDE, ROW, PART, GROUP, CORNERS>(I, TILE) } {
                             // SAFETY: the contract.
-                            let input = unsafe { inputs.add(TILE * slots(axis(STRIDE)) + slot).read_unaligned() };
-                            let sum = &mut sums[I % VALUES][TILE % TILES];
+                            let input = unsafe { inputs.add(TILE * const { slots(axis::<W>(STRIDE)) } + slot).read_unaligned() };
+                            let sum = &mut sums[I][TILE % TILES];
                             *sum = W::multiply_words(simd, simd.splat(input), value, *sum);
                         }
                     });
                 }
             });
         }
-        unrolled!(I => {
-            unrolled!(TILE => {
-                if const { has(CORNERS, STRIDE, ROW, PHASE, I, TILE) } {
-                    // SAFETY: the contract.
-                    unsafe { simd.store(sum(I, TILE), sums[I % VALUES][TILE % TILES]) };
-                }
-            });
-        });
+        // SAFETY: the contract.
+        at_each!(I, TILE => unsafe { simd.store(sum!(I, TILE), sums[I][TILE % TILES]) });
     }
 }

@@ -1,11 +1,8 @@
 //! The tiles of an output, and how they are ordered by their extents.
 
-use super::axes::IN;
-use super::pixel;
-use super::points::{OUTPUTS, positions};
-use super::transforms::{LANES, axis};
+use super::points::{Axis, positions};
+use super::transforms::LANES;
 use crate::cpu::conv::ConvShape;
-use crate::cpu::float::Float;
 use crate::cpu::gemm::TILE_ROWS;
 use std::ops::Range;
 
@@ -29,11 +26,13 @@ pub(super) struct TileGrid {
     images: usize,
     /// Tiles of an image, down and across.
     across: [usize; 2],
+    /// Outputs of a tile along an axis.
+    outputs: usize,
 }
 
 impl TileGrid {
-    pub fn new(shape: &ConvShape) -> Self {
-        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(OUTPUTS)) }
+    pub fn new(shape: &ConvShape, outputs: usize) -> Self {
+        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(outputs)), outputs }
     }
 
     pub fn count(&self) -> usize {
@@ -42,14 +41,8 @@ impl TileGrid {
 
     pub fn place(&self, tile: usize) -> Place {
         let [down, across] = self.across;
-        Place { image: tile / (down * across), top: tile / across % down * OUTPUTS, left: tile % across * OUTPUTS }
-    }
-
-    /// Where the pixels begin that a tile sees; those on the padding read zeros.
-    #[inline(always)]
-    pub fn inputs<'a, T: Float>(&self, x: &'a [T], shape: &ConvShape, tile: usize) -> [[&'a [T]; IN]; IN] {
-        let Place { image, top, left } = self.place(tile);
-        std::array::from_fn(|i| std::array::from_fn(|j| pixel(x, shape, image, [top + i, left + j])))
+        let (top, left) = (tile / across % down * self.outputs, tile % across * self.outputs);
+        Place { image: tile / (down * across), top, left }
     }
 }
 
@@ -60,29 +53,48 @@ pub(super) const CLASSES: usize = 4;
 pub(super) struct Part {
     pub places: Vec<Place>,
     /// The tiles of each class.
-    pub classes: [Range<usize>; CLASSES],
+    classes: [Range<usize>; CLASSES],
     /// Outputs of each class's tiles, down and across.
     pub outputs: [[usize; 2]; CLASSES],
+    axis: Axis,
+    /// The tiles that have a position, by [`Part::kind`].
+    tiles: [Vec<usize>; CLASSES],
 }
 
 impl Part {
     /// All tiles of the output, in `parts` of about the same size.
-    pub fn all(shape: &ConvShape, parts: usize) -> Vec<Part> {
-        let (output, grid) = (shape.output(), TileGrid::new(shape));
-        let [down_edge, right_edge] = std::array::from_fn(|axis| output[axis] - (grid.across[axis] - 1) * OUTPUTS);
-        let outputs = [[OUTPUTS; 2], [OUTPUTS, right_edge], [down_edge, OUTPUTS], [down_edge, right_edge]];
-        let class_of = |tile: usize| {
-            let Place { top, left, .. } = grid.place(tile);
-            usize::from(top + OUTPUTS >= output[0]) * 2 + usize::from(left + OUTPUTS >= output[1])
-        };
-        let part = |i: usize| {
-            let mut ordered: Vec<usize> = (i * grid.count() / parts..(i + 1) * grid.count() / parts).collect();
-            ordered.sort_by_key(|&tile| class_of(tile));
-            let start = |class: usize| ordered.partition_point(|&tile| class_of(tile) < class);
-            let classes = std::array::from_fn(|class| start(class)..start(class + 1));
-            Part { places: ordered.into_iter().map(|tile| grid.place(tile)).collect(), classes, outputs }
-        };
-        (0..parts).map(part).collect()
+    pub fn all(shape: &ConvShape, axis: Axis, parts: usize) -> Vec<Part> {
+        let count = TileGrid::new(shape, axis.outputs).count();
+        (0..parts).map(|i| Part::new(shape, axis, i * count / parts..(i + 1) * count / parts)).collect()
+    }
+
+    /// Some tiles.
+    pub fn new(shape: &ConvShape, axis: Axis, tiles: Range<usize>) -> Part {
+        let (output, grid, whole) = (shape.output(), TileGrid::new(shape, axis.outputs), axis.outputs);
+        let [down_edge, right_edge] = std::array::from_fn(|i| output[i] - (grid.across[i] - 1) * whole);
+        let outputs = [[whole; 2], [whole, right_edge], [down_edge, whole], [down_edge, right_edge]];
+        let mut places: Vec<(usize, Place)> = tiles
+            .map(|tile| {
+                let place = grid.place(tile);
+                let [bottom, right] = [place.top + whole > output[0], place.left + whole > output[1]];
+                (usize::from(bottom) * 2 + usize::from(right), place)
+            })
+            .collect();
+        places.sort_by_key(|(class, _)| *class);
+        let start = |class: usize| places.partition_point(|(of, _)| *of < class);
+        let classes: [Range<usize>; CLASSES] = std::array::from_fn(|class| start(class)..start(class + 1));
+        // A kind of positions lacks the tiles of an edge, or of the other, or of both, or of none.
+        let tiles = std::array::from_fn(|kind| {
+            let has = |class: &usize| class & !kind == 0;
+            (0..CLASSES).filter(has).flat_map(|class| classes[class].clone()).collect()
+        });
+        Part { places: places.into_iter().map(|(_, place)| place).collect(), classes, outputs, axis, tiles }
+    }
+
+    /// Which edges' tiles have position `[i, j]`: 1 for those at the right, 2 for those at the bottom.
+    fn kind(&self, [i, j]: [usize; 2]) -> usize {
+        let [down_edge, right_edge] = self.outputs[CLASSES - 1];
+        usize::from(i < positions(self.axis, down_edge)) * 2 + usize::from(j < positions(self.axis, right_edge))
     }
 
     /// Values of the inputs of one pair of slots.
@@ -99,21 +111,19 @@ impl Part {
         self.classes.iter().position(|tiles| tiles.contains(&tile)).expect("every tile has a class")
     }
 
-    /// Tiles that have position `[i, j]`, class by class.
-    pub fn at<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
-        self.classes.iter().cloned().enumerate().filter(move |(class, _)| {
-            let [down, across] = self.outputs[*class];
-            i < positions(axis(STRIDE), down) && j < positions(axis(STRIDE), across)
-        })
+    /// The tiles of each class.
+    pub fn classes(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.classes.iter().cloned()
     }
 
-    /// Which of the tiles that have position `[i, j]` is the first of each class.
-    pub fn first_of_classes<const STRIDE: usize>(&self, position: [usize; 2]) -> [usize; CLASSES] {
-        let (mut first, mut before) = ([0; CLASSES], 0);
-        for (class, tiles) in self.at::<STRIDE>(position) {
-            first[class] = before;
-            before += tiles.len();
-        }
-        first
+    /// The tiles that have a position.
+    pub fn tiles_at(&self, position: [usize; 2]) -> &[usize] {
+        &self.tiles[self.kind(position)]
+    }
+
+    /// Where among those the first tile of a class is, if it is there at all.
+    pub fn first_at(&self, position: [usize; 2], class: usize) -> usize {
+        let tiles = self.tiles_at(position);
+        tiles.iter().position(|&tile| tile == self.classes[class].start).unwrap_or(0)
     }
 }

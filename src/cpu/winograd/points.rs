@@ -16,20 +16,21 @@
 //! A *slot* is a phase and a point: a value of the transformed input and filter. A *position* is a point: a value of the
 //! transformed output.
 
-/// Outputs of a whole tile.
-pub(super) const OUTPUTS: usize = 4;
-
-/// A filter along an axis.
+/// A filter along an axis, and the tiles it is applied to.
 #[derive(Clone, Copy)]
 pub(super) struct Axis {
     /// Values of the filter.
     pub taps: usize,
     /// Inputs between outputs.
     pub stride: usize,
+    /// Outputs of a whole tile.
+    pub outputs: usize,
+    /// Points in the order in which tiles take them.
+    pub points: &'static [Point],
 }
 
-/// Which points, in pairs of opposite ones: a near and a far pair. The others are zero, infinity and, where there are seven, a half.
-pub(super) type Pairs = [f32; 2];
+/// Where polynomials are evaluated; infinity is none.
+pub(super) type Point = Option<f64>;
 
 /// Taps of a phase.
 const fn phase_taps(axis: Axis, phase: usize) -> usize {
@@ -48,7 +49,7 @@ pub(super) const fn first_slot(axis: Axis, phase: usize) -> usize {
 
 /// Slots of a phase of a whole tile.
 pub(super) const fn phase_slots(axis: Axis, phase: usize) -> usize {
-    OUTPUTS + phase_taps(axis, phase) - 1
+    axis.outputs + phase_taps(axis, phase) - 1
 }
 
 /// Slots of a whole tile.
@@ -86,26 +87,13 @@ pub(super) const fn inputs(axis: Axis, m: usize) -> usize {
     axis.stride * (m - 1) + axis.taps
 }
 
-/// Point number `k` in the order in which tiles take them, or none for infinity.
-const fn point([near, far]: Pairs, k: usize) -> Option<f32> {
-    match k {
-        0 => Some(0.0),
-        1 => None,
-        2 => Some(near),
-        3 => Some(-near),
-        4 => Some(far),
-        5 => Some(-far),
-        _ => Some(0.5),
-    }
-}
-
 /// The product of `point k - b` over the other finite points `b` of the first `count`; 1 for infinity.
-const fn normaliser(pairs: Pairs, k: usize, count: usize) -> f32 {
-    let Some(a) = point(pairs, k) else { return 1.0 };
+const fn normaliser(axis: Axis, k: usize, count: usize) -> f64 {
+    let Some(a) = axis.points[k] else { return 1.0 };
     let (mut product, mut other) = (1.0, 0);
     while other < count {
         if other != k
-            && let Some(b) = point(pairs, other)
+            && let Some(b) = axis.points[other]
         {
             product *= a - b;
         }
@@ -115,8 +103,8 @@ const fn normaliser(pairs: Pairs, k: usize, count: usize) -> f32 {
 }
 
 /// Powers 0, 1, ... of point `k`; of infinity, 1 for the last and 0 for the others.
-const fn power(pairs: Pairs, k: usize, exponent: usize, count: usize) -> f32 {
-    let Some(a) = point(pairs, k) else { return if exponent + 1 == count { 1.0 } else { 0.0 } };
+const fn power(axis: Axis, k: usize, exponent: usize, count: usize) -> f64 {
+    let Some(a) = axis.points[k] else { return if exponent + 1 == count { 1.0 } else { 0.0 } };
     let (mut power, mut i) = (1.0, 0);
     while i < exponent {
         power *= a;
@@ -125,16 +113,16 @@ const fn power(pairs: Pairs, k: usize, exponent: usize, count: usize) -> f32 {
     power
 }
 
-/// `G`: what each of the first `N` slots takes of the taps.
-pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis, pairs: Pairs) -> [[f32; TAPS]; N] {
-    let mut matrix = [[0.0; TAPS]; N];
+/// `G`: what each slot takes of the taps, `N` of either at least.
+pub(super) const fn filter_matrix<const N: usize>(axis: Axis) -> [[f32; N]; N] {
+    let mut matrix = [[0.0; N]; N];
     let mut slot = 0;
-    while slot < N {
+    while slot < slots(axis) {
         let (phase, k) = phase_and_point(axis, slot);
         let taps = phase_taps(axis, phase);
         let mut tap = 0;
         while tap < taps {
-            matrix[slot][axis.stride * tap + phase] = power(pairs, k, tap, taps);
+            matrix[slot][axis.stride * tap + phase] = power(axis, k, tap, taps) as f32;
             tap += 1;
         }
         slot += 1;
@@ -143,7 +131,7 @@ pub(super) const fn filter_matrix<const N: usize, const TAPS: usize>(axis: Axis,
 }
 
 /// `B^T` of a tile of `m` outputs: what each slot takes of the inputs, `N` of either at least.
-pub(super) const fn input_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: usize) -> [[f32; N]; N] {
+pub(super) const fn input_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; N] {
     let mut matrix = [[0.0; N]; N];
     let mut slot = 0;
     while slot < slots(axis) {
@@ -152,12 +140,12 @@ pub(super) const fn input_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: us
         let count = m + taps - 1;
         if k < count {
             // The polynomial that is zero at the other finite points and one at this.
-            let mut polynomial = [0.0; N];
-            polynomial[0] = 1.0 / normaliser(pairs, k, count);
+            let mut polynomial = [0.0f64; N];
+            polynomial[0] = 1.0 / normaliser(axis, k, count);
             let (mut degree, mut other) = (0, 0);
             while other < count {
                 if other != k
-                    && let Some(b) = point(pairs, other)
+                    && let Some(b) = axis.points[other]
                 {
                     degree += 1;
                     let mut i = degree;
@@ -171,7 +159,7 @@ pub(super) const fn input_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: us
             }
             let mut i = 0;
             while i < count {
-                matrix[slot][axis.stride * i + phase] = polynomial[i];
+                matrix[slot][axis.stride * i + phase] = polynomial[i] as f32;
                 i += 1;
             }
         }
@@ -181,13 +169,13 @@ pub(super) const fn input_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: us
 }
 
 /// `A^T` of a tile of `m` outputs: what each output takes of the positions, `N` at least.
-pub(super) const fn output_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: usize) -> [[f32; N]; OUTPUTS] {
-    let mut matrix = [[0.0; N]; OUTPUTS];
+pub(super) const fn output_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32; N]; N] {
+    let mut matrix = [[0.0; N]; N];
     let mut output = 0;
     while output < m {
         let mut k = 0;
         while k < positions(axis, m) {
-            matrix[output][k] = power(pairs, k, output, m);
+            matrix[output][k] = power(axis, k, output, m) as f32;
             k += 1;
         }
         output += 1;
@@ -197,28 +185,27 @@ pub(super) const fn output_matrix<const N: usize>(axis: Axis, pairs: Pairs, m: u
 
 #[cfg(test)]
 mod tests {
+    use super::super::transforms::axis;
     use super::*;
-    use crate::cpu::Float;
     use half::bf16;
 
     /// Every tile against the sum it stands for.
-    fn check<const TAPS: usize, const SLOTS: usize>(stride: usize, pairs: Pairs) {
-        let axis = Axis { taps: TAPS, stride };
+    fn check<const SLOTS: usize>(axis: Axis) {
+        let Axis { taps: count, stride, outputs, .. } = axis;
         assert_eq!(slots(axis), SLOTS);
-        let values: Vec<f32> = (0..SLOTS + TAPS).map(|i| ((i * 37 + 11) % 23) as f32 / 11.0 - 1.0).collect();
-        let taps: [f32; TAPS] = std::array::from_fn(|i| ((i * 29 + 5) % 17) as f32 / 8.0 - 1.0);
-        for m in 1..=OUTPUTS {
-            let (filter, input) = (filter_matrix::<SLOTS, TAPS>(axis, pairs), input_matrix::<SLOTS>(axis, pairs, m));
+        let values: Vec<f32> = (0..SLOTS + count).map(|i| ((i * 37 + 11) % 23) as f32 / 11.0 - 1.0).collect();
+        let taps: Vec<f32> = (0..count).map(|i| ((i * 29 + 5) % 17) as f32 / 8.0 - 1.0).collect();
+        let dot = |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
+        for m in 1..=outputs {
+            let (filter, input) = (filter_matrix::<SLOTS>(axis), input_matrix::<SLOTS>(axis, m));
             let mut sums = [0.0f32; SLOTS];
             for slot in 0..SLOTS {
-                let dot = |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
                 assert!(has_slot(axis, m, slot) || input[slot] == [0.0; SLOTS]);
                 sums[position_of(axis, slot)] += dot(&filter[slot], &taps) * dot(&input[slot], &values);
             }
-            for (i, row) in output_matrix::<SLOTS>(axis, pairs, m).iter().enumerate().take(m) {
-                let got: f32 = row.iter().zip(&sums).map(|(a, b)| a * b).sum();
-                let want: f32 = taps.iter().zip(&values[stride * i..]).map(|(a, b)| a * b).sum();
-                let what = format!("{TAPS} taps, stride {stride}, {m} outputs, output {i}");
+            for (i, row) in output_matrix::<SLOTS>(axis, m).iter().enumerate().take(m) {
+                let (got, want) = (dot(row, &sums), dot(&taps, &values[stride * i..]));
+                let what = format!("{count} taps, stride {stride}, {m} outputs, output {i}");
                 assert!((got - want).abs() <= 2e-5, "{what}: {got}, not {want}");
             }
         }
@@ -226,21 +213,23 @@ mod tests {
 
     #[test]
     fn every_tile_is_a_convolution() {
-        for pairs in [f32::POINTS, bf16::POINTS] {
-            check::<3, 6>(1, pairs);
-            check::<3, 9>(2, pairs);
-            check::<7, 13>(2, pairs);
-        }
+        check::<9>(axis::<f32>(1));
+        check::<6>(axis::<bf16>(1));
+        check::<9>(axis::<f32>(2));
+        check::<9>(axis::<bf16>(2));
+        check::<13>(super::super::rows::AXIS);
     }
 
     #[test]
     fn extents_of_tiles() {
-        let [one, two, wide] = [(3, 1), (3, 2), (7, 2)].map(|(taps, stride)| Axis { taps, stride });
+        let [one, two, wide, seven] = [axis::<bf16>(1), axis::<f32>(2), super::super::rows::AXIS, axis::<f32>(1)];
         assert_eq!([slots(one), positions(one, 4), inputs(one, 4)], [6, 6, 6]);
         assert_eq!([slots(two), positions(two, 4), inputs(two, 4)], [9, 5, 9]);
         assert_eq!([slots(wide), positions(wide, 4), inputs(wide, 4)], [13, 7, 13]);
+        assert_eq!([slots(seven), positions(seven, 7), inputs(seven, 7)], [9, 9, 9]);
         assert_eq!([positions(one, 3), positions(two, 3), inputs(two, 3)], [5, 4, 7]);
         let count = |axis, m| (0..slots(axis)).filter(|&slot| has_slot(axis, m, slot)).count();
         assert_eq!([count(one, 4), count(one, 3), count(two, 4), count(two, 3), count(two, 1)], [6, 5, 9, 7, 3]);
+        assert_eq!([count(seven, 7), count(seven, 4), count(seven, 1)], [9, 6, 3]);
     }
 }

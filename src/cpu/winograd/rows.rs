@@ -16,7 +16,9 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 const TAPS: usize = 7;
-const AXIS: Axis = Axis { taps: TAPS, stride: 2 };
+const OUTPUTS: usize = 4;
+const POINTS: [Point; 7] = [Some(0.0), None, Some(1.0), Some(-1.0), Some(2.0), Some(-2.0), Some(0.5)];
+pub(super) const AXIS: Axis = Axis { taps: TAPS, stride: 2, outputs: OUTPUTS, points: &POINTS };
 const SLOTS: usize = slots(AXIS);
 const POSITIONS: usize = positions(AXIS, OUTPUTS);
 /// Inputs of a tile; where the image ends earlier it is continued with zeros, and outputs beyond it are dropped.
@@ -71,7 +73,7 @@ impl<W: Float> RowFilter<W> {
     pub fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Self {
         let ConvShape { c, o, kh, .. } = *shape;
         assert_eq!(filter.len(), o * kh * TAPS * c);
-        let matrix = const { filter_matrix::<SLOTS, TAPS>(AXIS, f32::POINTS) };
+        let matrix = const { filter_matrix::<SLOTS>(AXIS) };
         let (width, depth) = (isa.tile_columns(), depth_before::<W>(POSITIONS, kh, c));
         let mut panels = Scratch::<W>::take(o.div_ceil(width) * depth * width * W::PER_WORD);
         panels.fill(W::default());
@@ -119,7 +121,7 @@ pub fn forward<T: Float, W: Float>(
 
 /// What the positions of both phases take of each input.
 const fn places<W: Float>() -> [[f32; PHASES * ROOM]; INPUTS] {
-    let matrix = input_matrix::<INPUTS>(AXIS, f32::POINTS, OUTPUTS);
+    let matrix = input_matrix::<INPUTS>(AXIS, OUTPUTS);
     let mut out = [[0.0; PHASES * ROOM]; INPUTS];
     let mut slot = 0;
     while slot < SLOTS {

@@ -8,11 +8,12 @@
 //! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
 
+use super::axes::{Plane, along_both};
 use super::check_operands;
 use super::few;
-use super::parts::{CLASSES, Part, TileGrid, spread};
+use super::parts::{Part, TileGrid, spread};
 use super::points::*;
-use super::tiles::{Inputs, Layout, Outputs};
+use super::tiles::{Finish, Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -137,14 +138,14 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let tiles = TileGrid::new(shape).count();
+    let tiles = TileGrid::new(shape, axis::<W>(STRIDE).outputs).count();
     if few::suits::<W>(filter.isa, tiles) {
         return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
     }
-    let slots = slots(axis(STRIDE));
+    let slots = slots(axis::<W>(STRIDE));
     let groups = (tiles * slots * slots * shape.c * size_of::<W>()).div_ceil(TRANSFORMED);
     let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
-    let parts = Part::all(shape, groups * parts_of_group);
+    let parts = Part::all(shape, axis::<W>(STRIDE), groups * parts_of_group);
     let strips = shape.o.div_ceil(STRIP);
     let out = Output::new(y);
     let layout = |part: &Part| {
@@ -169,36 +170,63 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
         (0..parts.len() * strips).into_par_iter().for_each(|task| {
             let (part, strip) = (task / strips, task % strips);
             let (part, inputs) = (&parts[part], &inputs[part]);
-            let outputs = Outputs { part, shape, epilogue, y: &out, transform: PhantomData };
-            dispatch(filter.isa, Strip::<T, W, STRIDE> { inputs, filter, strip, outputs });
+            let outputs = &Outputs { part, shape, epilogue, y: &out, transform: PhantomData::<W> };
+            let sums = dispatch(filter.isa, Strip::<W, STRIDE> { inputs, filter, strip, part });
+            finish::<T, W, STRIDE>(filter.isa, outputs, &sums, strip * STRIP..shape.o.min((strip + 1) * STRIP));
         });
     }
 }
 
-/// The outputs of a strip of channels in all tiles of a part.
-struct Strip<'a, T, W, const STRIDE: usize> {
+/// Transforms sums of some channels, `[position down][position across][panel][tile][column]`, to outputs; a position has the tiles that
+/// there are there, and whole tiles of the micro-kernel.
+pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
+    isa: Isa,
+    outputs: &Outputs<T, W>,
+    sums: &[f32],
+    channels: Range<usize>,
+) {
+    let (part, width) = (outputs.part, isa.tile_columns());
+    let across = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
+    let position_len = sums.len() / across.pow(2);
+    for (class, tiles) in part.classes().enumerate().filter(|(_, tiles)| !tiles.is_empty()) {
+        let starts: &[usize; MAX * MAX] = &std::array::from_fn(|position| {
+            let place = [position / across, position % across];
+            position * position_len + part.first_at(place, class) * width
+        });
+        for (row, tile) in tiles.enumerate() {
+            for (panel, start) in channels.clone().step_by(width).enumerate() {
+                let channels = start..channels.end.min(start + width);
+                let sums = &sums[(panel * part.room() + row) * width..];
+                dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts });
+            }
+        }
+    }
+}
+
+/// The sums of a strip of channels in all tiles of a part, as [`finish`] takes them.
+struct Strip<'a, W, const STRIDE: usize> {
     /// `[slot down][slot across][tile][channel]`
     inputs: &'a [W],
     filter: &'a StripFilter<W>,
     strip: usize,
-    outputs: Outputs<'a, T, W, STRIDE>,
+    part: &'a Part,
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Task for Strip<'_, T, W, STRIDE> {
-    type Output = ();
+impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
+    type Output = Scratch<f32>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(self, simd: S) -> Scratch<f32> {
         let width = S::LANES * S::VECTORS;
-        let (part, c) = (self.outputs.part, self.filter.c);
+        let c = self.filter.c;
         let columns = STRIP.min(self.filter.o - self.strip * STRIP);
         let panels = columns.div_ceil(width);
-        let across = positions(axis(STRIDE), OUTPUTS);
-        let position_len = spread(panels * part.room() * width);
-        // [position down][position across][panel][tile][column], tiles that have the position alone.
+        let across = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+        let position_len = spread(panels * self.part.room() * width);
         let mut sums = Scratch::<f32>::take(across * across * position_len);
         let words = c / W::PER_WORD;
-        let mut filters = Scratch::<W>::take(VALUES * VALUES * spread(panels * WORDS.min(words) * width * W::PER_WORD));
+        let value_len = spread(panels * WORDS.min(words) * width * W::PER_WORD);
+        let mut filters = Scratch::<W>::take(const { values::<W>(STRIDE).pow(2) } * value_len);
         for start in (0..words).step_by(WORDS) {
             let words = start..words.min(start + WORDS);
             self.transform_filters(simd, words.clone(), columns, &mut filters);
@@ -207,26 +235,11 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Strip<'_, T, W, STRIDE> {
                 self.multiply(simd, position, words.clone(), &filters, columns, sums);
             }
         }
-        let first: Vec<[usize; CLASSES]> =
-            (0..across * across).map(|p| part.first_of_classes::<STRIDE>([p / across, p % across])).collect();
-        let mut room = Room::new();
-        for tile in 0..part.places.len() {
-            // Where the positions have the tile.
-            let class = part.class_of(tile);
-            let row = tile - part.classes[class].start;
-            let starts: [usize; VALUES * VALUES] = std::array::from_fn(|position| {
-                let first = first.get(position).map_or(0, |first| first[class]);
-                position * position_len + (first + row) * width
-            });
-            for column in (0..columns).step_by(S::LANES) {
-                let sums = &sums[column / width * part.room() * width + column % width..];
-                self.outputs.finish(simd, tile, self.strip * STRIP + column, sums, &starts, &mut room);
-            }
-        }
+        sums
     }
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
+impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
     /// `G g G^T` of the filters of some words of channels: `[value down][value across][panel][word][column]`.
     #[inline(always)]
     fn transform_filters<S: Simd>(&self, simd: S, words: Range<usize>, columns: usize, filters: &mut [W]) {
@@ -237,8 +250,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         let panel = words.len() * row;
         let vectors = columns.div_ceil(S::LANES);
         let value_len = spread(vectors.div_ceil(S::VECTORS) * panel);
-        assert!(filters.len() >= VALUES * VALUES * value_len);
+        assert!(filters.len() >= values::<W>(STRIDE).pow(2) * value_len);
         let line = LINE_BYTES / size_of::<W>();
+        let mut room = Room::new();
         for word in words.clone() {
             for vector in 0..vectors {
                 let start = self.filter.start(self.strip * STRIP / S::LANES + vector, word);
@@ -247,12 +261,12 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
                 (0..word_len).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
                 let at = vector / S::VECTORS * panel + (word - words.start) * row + vector % S::VECTORS * tap_len;
                 for part in (0..tap_len).step_by(S::LANES) {
-                    // SAFETY: a part of each tap.
-                    let load = |tap: usize| unsafe { W::load(simd, taps.as_ptr().add(tap * tap_len + part)) };
-                    transform_filter::<S, W, STRIDE>(simd, load, |value, vector| {
-                        // SAFETY: a vector of a row within the value's panels, as asserted.
-                        unsafe { W::store(simd, filters.as_mut_ptr().add(value * value_len + at + part), vector) };
-                    });
+                    let first = taps.as_ptr().wrapping_add(part).cast_mut();
+                    let taps = Plane { first, steps: [TAPS * tap_len, tap_len] };
+                    let first = filters.as_mut_ptr().wrapping_add(at + part);
+                    let values = Plane { first, steps: [values::<W>(STRIDE) * value_len, value_len] };
+                    // SAFETY: a part of each tap; a vector of a row within the value's panels, as asserted.
+                    unsafe { along_both::<Filter<W, STRIDE>, S>(simd, &mut room, taps, values) };
                 }
             }
         }
@@ -269,23 +283,19 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
         columns: usize,
         sums: &mut [f32],
     ) {
-        let part = self.outputs.part;
+        let part = self.part;
         let (c, depth, width) = (self.filter.c, words.len() * W::PER_WORD, S::LANES * S::VECTORS);
         let panels = columns.div_ceil(width);
-        // The tiles that have the position, with their class.
-        let mut tiles: Vec<[usize; 2]> = Vec::with_capacity(part.places.len());
-        for (class, range) in part.at::<STRIDE>([i, j]) {
-            tiles.extend(range.map(|tile| [class, tile]));
-        }
+        let tiles = part.tiles_at([i, j]);
         let meet =
-            |position: usize| (0..slots(axis(STRIDE))).filter(move |&slot| position_of(axis(STRIDE), slot) == position);
+            |position: usize| (0..slots(axis::<W>(STRIDE))).filter(move |&slot| position_of(axis::<W>(STRIDE), slot) == position);
         for (row, slot) in meet(i).flat_map(|row| meet(j).map(move |slot| (row, slot))) {
-            let value = value_of(row) * VALUES + value_of(slot);
+            let value = value_of::<W>(STRIDE, row) * values::<W>(STRIDE) + value_of::<W>(STRIDE, slot);
             let filters = &filters[value * spread(panels * depth * width)..][..panels * depth * width];
             // For each class, where the inputs begin, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
-                let has = has_slot(axis(STRIDE), down, row) && has_slot(axis(STRIDE), across, slot);
-                has.then(|| (row * slots(axis(STRIDE)) + slot) * part.slot_len(c) + words.start * W::PER_WORD)
+                let has = has_slot(axis::<W>(STRIDE), down, row) && has_slot(axis::<W>(STRIDE), across, slot);
+                has.then(|| (row * slots(axis::<W>(STRIDE)) + slot) * part.slot_len(c) + words.start * W::PER_WORD)
             });
             let first = words.start == 0 && [row, slot] == [i, j];
             for (panel, sums) in sums.chunks_exact_mut(part.room() * width).take(panels).enumerate() {
@@ -293,8 +303,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Strip<'_, T, W, STRIDE> {
                 for start in (0..tiles.len()).step_by(TILE_ROWS) {
                     let sums = sums[start * width..][..TILE_ROWS * width].as_mut_ptr();
                     let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
-                        let [class, tile] = tiles[(start + lane).min(tiles.len() - 1)];
-                        match starts[class] {
+                        let tile = tiles[(start + lane).min(tiles.len() - 1)];
+                        match starts[part.class_of(tile)] {
                             Some(start) => self.inputs[start + tile * c..][..depth].as_ptr().cast(),
                             None => ZEROS[..words.len()].as_ptr(),
                         }

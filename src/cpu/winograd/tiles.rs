@@ -40,28 +40,36 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let mut room = Room::new();
+        let mut pixels: [Pixels<T>; 2] = [[[&[]; MAX]; MAX]; 2];
+        self.find_pixels(self.tiles.start, &mut pixels[0]);
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
-            let pixels = self.pixels(tile);
+            let [these, next] = &mut pixels;
+            self.find_pixels(self.tiles.end.min(tile + 2) - 1, next);
             for channel in (0..self.shape.c).step_by(S::LANES) {
-                with_outputs!(down, M => self.transform_columns::<S, M>(simd, &pixels, channel, across, &mut room));
-                with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
+                let pixels = [&*these, &*next];
+                with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, pixels, channel, across, &mut room));
+                with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
             }
+            pixels.swap(0, 1);
         }
     }
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
-    /// Where the pixels begin that a tile sees, column by column; those on the padding read zeros.
+/// The pixels that a tile sees, column by column.
+type Pixels<'a, T> = [[&'a [T]; MAX]; MAX];
+
+impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
+    /// Those of a tile; those on the padding are zero.
     #[inline(always)]
-    fn pixels(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
+    fn find_pixels(&self, tile: usize, pixels: &mut Pixels<'a, T>) {
         let Place { image, top, left } = self.part.places[tile];
-        let seen = const { inputs(axis(STRIDE), OUTPUTS) };
-        let at = |i, j| match i < seen && j < seen {
-            true => pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]),
-            false => &[],
-        };
-        std::array::from_fn(|j| std::array::from_fn(|i| at(i, j)))
+        let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+        for (j, column) in pixels.iter_mut().enumerate().take(seen) {
+            for (i, out) in column.iter_mut().enumerate().take(seen) {
+                *out = pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]);
+            }
+        }
     }
 
     /// Along the columns of a tile of `M` outputs down, to the room.
@@ -69,20 +77,23 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        pixels: &[[&[T]; MAX]; MAX],
+        [pixels, next]: [&Pixels<T>; 2],
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
-        for (j, pixels) in pixels.iter().enumerate().take(inputs(axis(STRIDE), across)) {
+        for j in 0..inputs(axis::<W>(STRIDE), across) {
+            // Those of the next tile will have come by then.
+            next[j].iter().for_each(|pixel| simd.prefetch(pixel.as_ptr().wrapping_add(channel).cast()));
+            let pixels = &pixels[j];
             // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
-            let column = vectors!(simd, inputs(axis(STRIDE), M), I => unsafe {
+            let column = vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe {
                 T::load(simd, pixels[I].as_ptr().add(channel))
             });
-            let values = transform_input::<S, W, STRIDE, M>(simd, &column);
+            let values = Input::<W, STRIDE, M>::apply(simd, &column);
             let room = room.at::<S>(0, j);
             unrolled!(SLOT => {
-                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                if const { has::<W>(STRIDE, M, SLOT) } {
                     // SAFETY: vectors `[slot, j]` of the room.
                     unsafe { simd.store(room.add(SLOT * MAX * S::LANES), values[SLOT]) };
                 }
@@ -104,12 +115,12 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
         // Words that do not lie together go there one by one.
         let together = word_step == W::PER_WORD;
         let mut apart = [W::default(); MAX * LANES];
-        for row in (0..slots(axis(STRIDE))).filter(|&slot| has_slot(axis(STRIDE), down, slot)) {
+        for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| has_slot(axis::<W>(STRIDE), down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
             let row_of_room =
-                vectors!(simd, inputs(axis(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
-            let values = transform_input::<S, W, STRIDE, M>(simd, &row_of_room);
+                vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
+            let values = Input::<W, STRIDE, M>::apply(simd, &row_of_room);
             let at = row * row_step + tile * tile_step + channel / W::PER_WORD * word_step;
             let (first, step) = match together {
                 // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
@@ -117,7 +128,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
                 false => (apart.as_mut_ptr(), S::LANES),
             };
             unrolled!(SLOT => {
-                if const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
+                if const { has::<W>(STRIDE, M, SLOT) } {
                     // SAFETY: as above; `apart` has a vector for each slot.
                     unsafe { W::store(simd, first.add(SLOT * step), values[SLOT]) };
                 }
@@ -125,7 +136,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
             if together {
                 continue;
             }
-            for (slot, vector) in apart.chunks_exact(S::LANES).enumerate().take(slots(axis(STRIDE))) {
+            for (slot, vector) in apart.chunks_exact(S::LANES).enumerate().take(slots(axis::<W>(STRIDE))) {
                 for (i, word) in vector.chunks_exact(W::PER_WORD).enumerate() {
                     // SAFETY: as above; a tile that lacks the slot may hold anything there.
                     unsafe {
@@ -139,7 +150,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Inputs<'_, T, W, STRIDE> {
 }
 
 /// What becomes of the sums of a part.
-pub(super) struct Outputs<'a, T, W, const STRIDE: usize> {
+pub(super) struct Outputs<'a, T, W> {
     pub part: &'a Part,
     pub shape: &'a ConvShape,
     pub epilogue: Epilogue<'a, T>,
@@ -147,40 +158,50 @@ pub(super) struct Outputs<'a, T, W, const STRIDE: usize> {
     pub transform: PhantomData<W>,
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Outputs<'_, T, W, STRIDE> {
-    /// `A^T m A` with the epilogue of a vector of a tile's channels; `starts` says where in `sums` each position has it.
-    #[inline(always)]
-    pub(super) fn finish<S: Simd>(
-        &self,
-        simd: S,
-        tile: usize,
-        channel: usize,
-        sums: &[f32],
-        starts: &[usize; VALUES * VALUES],
-        room: &mut Room,
-    ) {
-        let [down, across] = self.part.outputs[self.part.class_of(tile)];
-        with_outputs!(down, M => self.transform_columns::<S, M>(simd, sums, starts, across, room));
-        with_outputs!(across, M => self.transform_rows::<S, M>(simd, tile, channel, down, room));
-    }
+/// `A^T m A` of some channels of a tile with the epilogue.
+pub(super) struct Finish<'a, T, W, const STRIDE: usize> {
+    pub outputs: &'a Outputs<'a, T, W>,
+    pub tile: usize,
+    /// Whole vectors.
+    pub channels: Range<usize>,
+    pub sums: &'a [f32],
+    /// Where the sums of each position begin; those of the channels lie together.
+    pub starts: &'a [usize; MAX * MAX],
+}
 
-    /// `A^T m` along the columns of a tile of `M` outputs down, to the room; `starts` says where in `sums` each position has it.
+impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut room = Room::new();
+        let part = self.outputs.part;
+        let [down, across] = part.outputs[part.class_of(self.tile)];
+        for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
+            let sums = &self.sums[i * S::LANES..];
+            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, sums, across, &mut room));
+            with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, channel, down, &mut room));
+        }
+    }
+}
+
+impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
+    /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
     #[inline(always)]
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
         sums: &[f32],
-        starts: &[usize; VALUES * VALUES],
         across: usize,
         room: &mut Room,
     ) {
-        let all = positions(axis(STRIDE), OUTPUTS);
-        for j in 0..positions(axis(STRIDE), across) {
+        let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+        for j in 0..positions(axis::<W>(STRIDE), across) {
             // SAFETY: checked by the slice.
-            let column = vectors!(simd, positions(axis(STRIDE), M), I => unsafe {
-                simd.load(sums[starts[I * all + j]..][..S::LANES].as_ptr())
+            let column = vectors!(simd, positions(axis::<W>(STRIDE), M), I => unsafe {
+                simd.load(sums[self.starts[I * all + j]..][..S::LANES].as_ptr())
             });
-            let outputs = transform_output::<S, W, STRIDE, M>(simd, &column);
+            let outputs = Sums::<W, STRIDE, M>::apply(simd, &column);
             let room = room.at::<S>(0, j);
             unrolled!(I => {
                 if I < M {
@@ -196,24 +217,24 @@ impl<T: Float, W: Float, const STRIDE: usize> Outputs<'_, T, W, STRIDE> {
     fn transform_rows<S: Simd, const M: usize>(
         &self,
         simd: S,
-        tile: usize,
         channel: usize,
         down: usize,
         room: &mut Room,
     ) {
-        let (Place { image, top, left }, [oh, ow], o) = (self.part.places[tile], self.shape.output(), self.shape.o);
+        let Outputs { part, shape, epilogue, y, .. } = self.outputs;
+        let (Place { image, top, left }, [oh, ow], o) = (part.places[self.tile], shape.output(), shape.o);
         // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
-        let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
+        let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
         for i in 0..down {
             let room = room.at::<S>(i, 0);
             // SAFETY: the columns have stored a vector for each row of outputs and each position across.
-            let row = vectors!(simd, positions(axis(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
-            let outputs = transform_output::<S, W, STRIDE, M>(simd, &row);
+            let row = vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
+            let outputs = Sums::<W, STRIDE, M>::apply(simd, &row);
             let first = ((image * oh + top + i) * ow + left) * o + channel;
             unrolled!(J => {
                 if J < M {
                     // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
-                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), first + J * o) };
+                    unsafe { epilogue.store(simd, outputs[J], bias, y.pointer(), first + J * o) };
                 }
             });
         }

@@ -1,27 +1,45 @@
-//! The transforms of 3x3 filters with a stride of one or two, along an axis, for tiles of any number of outputs.
+//! The transforms along an axis, for tiles of any number of outputs: matrices of `points.rs` times vectors.
 
 use super::points::*;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// Taps of a filter along an axis.
 pub(super) const TAPS: usize = 3;
 /// Slots along an axis, and inputs of a tile, at most.
 pub(super) const MAX: usize = 9;
-/// Values that a filter has along an axis: one for each slot, but a phase of one tap has the same at every point.
-pub(super) const VALUES: usize = 6;
 /// What a vector has at most.
 pub(super) const LANES: usize = 16;
 
-/// The filter along an axis.
-pub(super) const fn axis(stride: usize) -> Axis {
-    Axis { taps: TAPS, stride }
-}
+/// Seven outputs of a tile: 81 products instead of 441, 1.65 for an output where four have 2.25, and what ResNet's images of
+/// 56, 28, 14 and 7 pixels are multiples of. Sums lose 2e-6 to 1e-5, five times as much as with four.
+const OF_SEVEN: [Point; 9] = [
+    Some(1.125),
+    Some(-1.125),
+    None,
+    Some(0.234375),
+    Some(-0.234375),
+    Some(2.125),
+    Some(-2.125),
+    Some(0.65625),
+    Some(-0.65625),
+];
+/// Four outputs in f32, with the simplest powers.
+const OF_FOUR: [Point; 6] = [Some(0.0), None, Some(1.0), Some(-1.0), Some(2.0), Some(-2.0)];
+/// Four outputs in bf16: where the rounding of values costs least, 1.1 % of a sum and not 2.5 %, for then they are all of
+/// about the same size.
+const ROUNDED: [Point; 6] = [Some(0.0), None, Some(0.6875), Some(-0.6875), Some(1.5), Some(-1.5)];
 
-/// The value of a slot.
-pub(super) const fn value_of(slot: usize) -> usize {
-    if slot < VALUES { slot } else { VALUES - 1 }
+/// The filter along an axis, and its tiles where products are of type `W`.
+pub(super) const fn axis<W: Float>(stride: usize) -> Axis {
+    let (outputs, points): (usize, &'static [Point]) = match (W::PER_WORD, stride) {
+        (1, 1) => (7, &OF_SEVEN),
+        (1, _) => (4, &OF_FOUR),
+        _ => (4, &ROUNDED),
+    };
+    Axis { taps: TAPS, stride, outputs, points }
 }
 
 /// Runs `$body` with `$I` the constants 0 to 8: what a loop over them would compute at run time is then known to the compiler.
@@ -36,86 +54,6 @@ macro_rules! unrolled {
 }
 
 pub(super) use unrolled;
-
-/// Sum of the values times a row of a matrix that is known when this is compiled.
-#[inline(always)]
-fn combine<S: Simd, const N: usize>(simd: S, row: &[f32; N], values: &[S::V; N]) -> S::V {
-    let mut sum = None;
-    unrolled!(I => {
-        if I < N && row[I] != 0.0 {
-            sum = Some(match (sum, row[I]) {
-                (None, 1.0) => values[I],
-                (Some(sum), 1.0) => simd.add(sum, values[I]),
-                (Some(sum), -1.0) => simd.sub(sum, values[I]),
-                (sum, factor) => simd.mul_add(simd.splat(factor), values[I], sum.unwrap_or(simd.splat(0.0))),
-            });
-        }
-    });
-    sum.unwrap_or(simd.splat(0.0))
-}
-
-/// `G g` along an axis: the values of a filter at the points.
-#[inline(always)]
-pub(super) fn filter_values<S: Simd, W: Float, const STRIDE: usize>(
-    simd: S,
-    [a, b, c]: [S::V; TAPS],
-) -> [S::V; VALUES] {
-    let [near, far] = W::POINTS;
-    let times = |factor: f32, x: S::V, y: S::V| simd.mul_add(simd.splat(factor), x, y);
-    if STRIDE == 1 {
-        let (near_even, far_even) = (times(near * near, c, a), times(far * far, c, a));
-        let (near_plus, near_minus) = (times(near, b, near_even), times(-near, b, near_even));
-        return [a, c, near_plus, near_minus, times(far, b, far_even), times(-far, b, far_even)];
-    }
-    [a, c, times(near, c, a), times(-near, c, a), times(far, c, a), b]
-}
-
-/// `G g G^T` of a vector of filters, whose taps `load` gives: value `[i, j]` to `store(i * VALUES + j, ..)`.
-#[inline(always)]
-pub(super) fn transform_filter<S: Simd, W: Float, const STRIDE: usize>(
-    simd: S,
-    load: impl Fn(usize) -> S::V,
-    mut store: impl FnMut(usize, S::V),
-) {
-    let left = filter_values::<S, W, STRIDE>(simd, [load(0), load(3), load(6)]);
-    let middle = filter_values::<S, W, STRIDE>(simd, [load(1), load(4), load(7)]);
-    let right = filter_values::<S, W, STRIDE>(simd, [load(2), load(5), load(8)]);
-    unrolled!(DOWN => {
-        if DOWN < VALUES {
-            let taps = [left[DOWN % VALUES], middle[DOWN % VALUES], right[DOWN % VALUES]];
-            let row = filter_values::<S, W, STRIDE>(simd, taps);
-            for (across, vector) in row.iter().enumerate() {
-                store(DOWN * VALUES + across, *vector);
-            }
-        }
-    });
-}
-
-/// Runs `$body` with `$M` the constant that `$m` is.
-macro_rules! with_outputs {
-    ($m:expr, $M:ident => $body:expr) => {
-        match $m {
-            1 => {
-                const $M: usize = 1;
-                $body
-            }
-            2 => {
-                const $M: usize = 2;
-                $body
-            }
-            3 => {
-                const $M: usize = 3;
-                $body
-            }
-            _ => {
-                const $M: usize = OUTPUTS;
-                $body
-            }
-        }
-    };
-}
-
-pub(super) use with_outputs;
 
 /// The vectors that `$load` gives for `$I` from 0 to `$n`, a constant, as an array of `MAX`. Not by a closure: the compiler may leave
 /// one that is used so often a function of its own, without the instruction set.
@@ -133,27 +71,299 @@ macro_rules! vectors {
 
 pub(super) use vectors;
 
-/// `B^T d` along an axis of a tile of `M` outputs, at its slots.
-#[inline(always)]
-pub(super) fn transform_input<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
-    simd: S,
-    inputs: &[S::V; MAX],
-) -> [S::V; MAX] {
-    vectors!(simd, MAX, SLOT => match const { SLOT < slots(axis(STRIDE)) && has_slot(axis(STRIDE), M, SLOT) } {
-        true => combine(simd, &const { input_matrix::<MAX>(axis(STRIDE), W::POINTS, M)[SLOT] }, inputs),
-        false => simd.splat(0.0),
-    })
+/// Runs `$body` with `$M` the constant that `$m` is, the outputs of a tile of `$axis`.
+macro_rules! with_outputs {
+    ($axis:expr, $m:expr, $M:ident => $body:expr) => {
+        with_outputs!(@ $axis, $m, $M $body, 1 2 3 5 6 7)
+    };
+    (@ $axis:expr, $m:expr, $M:ident $body:expr, $($i:literal)*) => {
+        match $m {
+            $($i if const { $axis.outputs >= $i } => {
+                const $M: usize = $i;
+                $body
+            })*
+            _ => {
+                const $M: usize = 4;
+                $body
+            }
+        }
+    };
 }
 
-/// `A^T m` along an axis of a tile of `M` outputs.
+pub(super) use with_outputs;
+
+/// A matrix, filled up with zeros, that is known when the code is compiled.
+type Square = [[f32; MAX]; MAX];
+
+/// A transform along an axis.
+pub(super) trait Transform {
+    /// What each result takes of each value.
+    const MATRIX: Square;
+    const VALUES: usize;
+    const RESULTS: usize;
+    /// Mark it `#[inline(always)]`.
+    fn apply<S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX];
+}
+
+/// Declares a transform of products of type `W`, and how it is applied.
+macro_rules! transform {
+    ($(#[$doc:meta])* $name:ident<$($n:ident),*>: $values:expr => $results:expr, $matrix:expr, $apply:ident) => {
+        $(#[$doc])*
+        pub(super) struct $name<W, $(const $n: usize),*>(PhantomData<W>);
+
+        impl<W: Float, $(const $n: usize),*> Transform for $name<W, $($n),*> {
+            const MATRIX: Square = $matrix;
+            const VALUES: usize = $values;
+            const RESULTS: usize = $results;
+
+            #[inline(always)]
+            fn apply<S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
+                $apply::<Self, S>(simd, values)
+            }
+        }
+    };
+}
+
+transform!(
+    /// `G`: the taps of a filter to its values at the slots, but one for a phase of one tap, which has the same at every point.
+    Filter<STRIDE>: TAPS => values::<W>(STRIDE), first_rows(filter_matrix(axis::<W>(STRIDE)), Self::RESULTS), to_points
+);
+transform!(
+    /// `B^T`: the inputs of a tile of `M` outputs to its slots.
+    Input<STRIDE, M>: inputs(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)) => slots_of::<W>(STRIDE, clamped::<W>(STRIDE, M)),
+    input_matrix(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)), to_points
+);
+transform!(
+    /// `A^T`: the sums at the positions of a tile of `M` outputs to these.
+    Sums<STRIDE, M>: positions(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)) => clamped::<W>(STRIDE, M),
+    output_matrix(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)), from_points
+);
+transform!(
+    /// `A`: the gradients of a tile's `M` outputs to the slots; a stride of one.
+    Gradient<M>: M => M + TAPS - 1, transposed(&Sums::<W, 1, M>::MATRIX), to_points
+);
+transform!(
+    /// `G^T`: sums at the slots of a tile of `M` outputs to the gradient of a filter; a stride of one.
+    FilterGradient<M>: M + TAPS - 1 => TAPS,
+    transposed(&first_rows(Filter::<W, 1>::MATRIX, M + TAPS - 1)), from_points
+);
+
+/// Slots before and including the last that a tile of `m` outputs has.
+const fn slots_of<W: Float>(stride: usize, m: usize) -> usize {
+    let mut count = slots(axis::<W>(stride));
+    while count > 0 && !has_slot(axis::<W>(stride), m, count - 1) {
+        count -= 1;
+    }
+    count
+}
+
+/// `M` outputs, or as many as a whole tile has.
+const fn clamped<W: Float>(stride: usize, m: usize) -> usize {
+    let whole = axis::<W>(stride).outputs;
+    if m < whole { m } else { whole }
+}
+
+/// Zeros after the first rows.
+const fn first_rows(mut matrix: Square, rows: usize) -> Square {
+    let mut i = rows;
+    while i < MAX {
+        matrix[i] = [0.0; MAX];
+        i += 1;
+    }
+    matrix
+}
+
+/// Whether a tile of `m` outputs has the slot, which may be beyond the last of all.
+pub(super) const fn has<W: Float>(stride: usize, m: usize, slot: usize) -> bool {
+    let axis = axis::<W>(stride);
+    slot < slots(axis) && has_slot(axis, m, slot)
+}
+
+/// Values of a filter along an axis.
+pub(super) const fn values<W: Float>(stride: usize) -> usize {
+    value_of::<W>(stride, MAX) + 1
+}
+
+/// The value of a slot.
+pub(super) const fn value_of<W: Float>(stride: usize, slot: usize) -> usize {
+    let axis = axis::<W>(stride);
+    // The last phase of a strided filter of three taps has one.
+    let last = if stride == 1 { slots(axis) - 1 } else { first_slot(axis, stride - 1) };
+    if slot < last { slot } else { last }
+}
+
+/// Which other row is the same but for signs.
+const fn partner(matrix: &Square, row: usize) -> Option<usize> {
+    let mut other = 0;
+    while other < MAX {
+        let (mut same, mut opposite, mut differ, mut i) = (false, false, false, 0);
+        while i < MAX {
+            let (a, b) = (matrix[row][i], matrix[other][i]);
+            same |= a == b && a != 0.0;
+            opposite |= a == -b && a != 0.0;
+            differ |= a != b && a != -b;
+            i += 1;
+        }
+        if other != row && same && opposite && !differ {
+            return Some(other);
+        }
+        other += 1;
+    }
+    None
+}
+
+/// What two rows agree in, or what they do not, as the first of them has it.
+const fn common(matrix: &Square, [row, other]: [usize; 2], agree: bool) -> [f32; MAX] {
+    let (mut part, mut i) = ([0.0; MAX], 0);
+    while i < MAX {
+        if (matrix[row][i] == matrix[other][i]) == agree {
+            part[i] = matrix[row][i];
+        }
+        i += 1;
+    }
+    part
+}
+
+/// The last factor of a row that is not zero.
+const fn leading(row: &[f32; MAX]) -> f32 {
+    let (mut last, mut i) = (1.0, 0);
+    while i < MAX {
+        if row[i] != 0.0 {
+            last = row[i];
+        }
+        i += 1;
+    }
+    last
+}
+
+const fn divided(mut row: [f32; MAX], by: f32) -> [f32; MAX] {
+    let mut i = 0;
+    while i < MAX {
+        row[i] /= by;
+        i += 1;
+    }
+    row
+}
+
+const fn transposed(matrix: &Square) -> Square {
+    let (mut out, mut i) = ([[0.0; MAX]; MAX], 0);
+    while i < MAX * MAX {
+        out[i % MAX][i / MAX] = matrix[i / MAX][i % MAX];
+        i += 1;
+    }
+    out
+}
+
+/// The matrix for the sum of two columns that are the same but for signs in place of the first, and their difference in place of the
+/// second.
+const fn folded(matrix: &Square) -> Square {
+    let columns = transposed(matrix);
+    let (mut out, mut i) = (columns, 0);
+    while i < MAX {
+        if let Some(other) = partner(&columns, i)
+            && other > i
+        {
+            out[i] = common(&columns, [i, other], true);
+            out[other] = common(&columns, [i, other], false);
+        }
+        i += 1;
+    }
+    transposed(&out)
+}
+
+/// Index of the first factor that is not zero.
+const fn first_of(row: &[f32; MAX]) -> usize {
+    let mut i = 0;
+    while i + 1 < MAX && row[i] == 0.0 {
+        i += 1;
+    }
+    i
+}
+
+/// Sum of the values times a row, a constant. What is zero is left out before the compiler sees it.
+macro_rules! combine {
+    ($simd:expr, $row:expr, $values:expr) => {{
+        let mut sum = $simd.splat(0.0);
+        unrolled!(I => {
+            if const { $row[I] != 0.0 } {
+                sum = match const { ($row[I], first_of(&$row) == I) } {
+                    (1.0, true) => $values[I],
+                    (1.0, false) => $simd.add(sum, $values[I]),
+                    (-1.0, false) => $simd.sub(sum, $values[I]),
+                    (factor, _) => $simd.mul_add($simd.splat(factor), $values[I], sum),
+                };
+            }
+        });
+        sum
+    }};
+}
+
+/// A row of a transform, and the one that is the same but for signs. What they agree in and what they do not is computed in the same way
+/// for both, so that the compiler computes it once.
+struct Row<X, const ROW: usize>(PhantomData<X>);
+
+impl<X: Transform, const ROW: usize> Row<X, ROW> {
+    /// The rows in their order; where there is one alone, it is both.
+    const PAIR: [usize; 2] = match partner(&X::MATRIX, ROW) {
+        Some(other) if other < ROW => [other, ROW],
+        Some(other) => [ROW, other],
+        None => [ROW; 2],
+    };
+    const SAME: [f32; MAX] = common(&X::MATRIX, Self::PAIR, true);
+    const DIFFERENT: [f32; MAX] = common(&X::MATRIX, Self::PAIR, false);
+    /// What differs, divided by its last factor.
+    const DIVIDED: [f32; MAX] = divided(Self::DIFFERENT, leading(&Self::DIFFERENT));
+    const FACTOR: f32 = leading(&Self::DIFFERENT) * if Self::PAIR[0] == ROW { 1.0 } else { -1.0 };
+
+    #[inline(always)]
+    fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
+        let same = combine!(simd, Self::SAME, values);
+        if const { Self::PAIR[0] == Self::PAIR[1] } {
+            return same;
+        }
+        let different = combine!(simd, Self::DIVIDED, values);
+        match const { Self::FACTOR } {
+            1.0 => simd.add(same, different),
+            -1.0 => simd.sub(same, different),
+            factor => simd.mul_add(simd.splat(factor), different, same),
+        }
+    }
+}
+
+/// Result `ROW` of a transform from values to points.
 #[inline(always)]
-pub(super) fn transform_output<S: Simd, W: Float, const STRIDE: usize, const M: usize>(
-    simd: S,
-    sums: &[S::V; MAX],
-) -> [S::V; MAX] {
-    vectors!(simd, M, I => {
-        combine(simd, &const { output_matrix::<MAX>(axis(STRIDE), W::POINTS, M) }[I % OUTPUTS], sums)
-    })
+pub(super) fn at_point<X: Transform, S: Simd, const ROW: usize>(simd: S, values: &[S::V; MAX]) -> S::V {
+    Row::<X, ROW>::of(simd, values)
+}
+
+/// A transform from values to points.
+#[inline(always)]
+fn to_points<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
+    vectors!(simd, X::RESULTS, ROW => Row::<X, ROW>::of(simd, values))
+}
+
+/// A column of a transform, and the one that is the same but for signs.
+struct Column<X, const COLUMN: usize>(PhantomData<X>);
+
+impl<X: Transform, const COLUMN: usize> Column<X, COLUMN> {
+    /// The column itself where it is alone.
+    const OTHER: usize = match partner(&transposed(&X::MATRIX), COLUMN) {
+        Some(other) => other,
+        None => COLUMN,
+    };
+    /// The matrix for sums and differences.
+    const FOLDED: Square = folded(&X::MATRIX);
+}
+
+/// A transform from points to values, by sums and differences of what belongs to opposite ones.
+#[inline(always)]
+fn from_points<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
+    let folds = vectors!(simd, MAX, I => match const { (Column::<X, I>::OTHER, I) } {
+        (other, this) if other > this => simd.add(values[this], values[other]),
+        (other, this) if other < this => simd.sub(values[other], values[this]),
+        _ => values[I],
+    });
+    vectors!(simd, X::RESULTS, ROW => combine!(simd, Column::<X, 0>::FOLDED[ROW], folds))
 }
 
 /// Vectors between the transforms along the two axes.

@@ -6,9 +6,8 @@
 
 use super::axes::*;
 use super::parts::{Place, TileGrid};
-use super::points::OUTPUTS;
-use super::transforms::Room;
-use super::{Algorithm, zeros};
+use super::transforms::*;
+use super::{Algorithm, pixel, zeros};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
@@ -38,7 +37,7 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
     let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
-    let enough = few || TileGrid::new(shape).count() >= MANY_TILES;
+    let enough = few || shape.n * shape.output().map(|extent| extent.div_ceil(4)).iter().product::<usize>() >= MANY_TILES;
     shape.stride == [1, 1] && enough && super::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
@@ -52,22 +51,40 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
 
 /// [`backward_filter`] with products of type `W`.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
+    // Tiles at an edge are filled up: where whole ones would be much larger than the image, smaller ones take fewer products.
+    let products = |outputs: usize| -> usize {
+        shape.output().map(|extent| extent.div_ceil(outputs) * (outputs + TAPS - 1)).iter().product()
+    };
+    match const { axis::<W>(1).outputs } {
+        7 if products(7) <= products(4) => backward_filter_of::<T, W, 7>(isa, x, dy, shape, dfilter),
+        _ => backward_filter_of::<T, W, 4>(isa, x, dy, shape, dfilter),
+    }
+}
+
+/// [`backward_filter_by`] tiles of `M` outputs.
+fn backward_filter_of<T: Float, W: Float, const M: usize>(
+    isa: Isa,
+    x: &[T],
+    dy: &[T],
+    shape: &ConvShape,
+    dfilter: &mut [f32],
+) {
     let (c, o) = (shape.c, shape.o);
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
-    let grid = TileGrid::new(shape);
+    let (grid, all) = (TileGrid::new(shape, M), slots_of::<M>().pow(2));
     let width = isa.tile_columns();
     let panels = c.div_ceil(width);
-    let together = TRANSFORMED.max(TIMES_THE_SUMS * POSITIONS * c * o * size_of::<f32>());
-    let part = (together / (POSITIONS * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
+    let together = TRANSFORMED.max(TIMES_THE_SUMS * all * c * o * size_of::<f32>());
+    let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
     let words = part.div_ceil(W::PER_WORD);
     // [position][panel][o][column]
-    let mut sums = Scratch::<f32>::take(POSITIONS * panels * o * width);
+    let mut sums = Scratch::<f32>::take(all * panels * o * width);
     if grid.count() == 0 {
         sums.fill(0.0);
     }
-    let mut inputs = Scratch::<W>::take(POSITIONS * panels * words * width * W::PER_WORD);
-    let mut gradients = Scratch::<W>::take(POSITIONS * words * o * W::PER_WORD);
+    let mut inputs = Scratch::<W>::take(all * panels * words * width * W::PER_WORD);
+    let mut gradients = Scratch::<W>::take(all * words * o * W::PER_WORD);
     for start in (0..grid.count()).step_by(words * W::PER_WORD) {
         let tiles = start..grid.count().min(start + words * W::PER_WORD);
         let words = tiles.len().div_ceil(W::PER_WORD);
@@ -76,7 +93,7 @@ pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape
             (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
                 let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
                 let (tiles, inputs, gradients) = (tiles.clone(), &inputs, &gradients);
-                dispatch(isa, Transform { x, dy, shape, grid, tiles, block, words, inputs, gradients });
+                dispatch(isa, TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, inputs, gradients });
             });
         }
         sums.par_chunks_exact_mut(o * width).enumerate().for_each(|(i, sums)| {
@@ -88,15 +105,18 @@ pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape
     }
     dfilter.par_chunks_exact_mut(9 * c).enumerate().for_each(|(i, filter)| {
         let sums = &sums[i * width..];
-        dispatch(
-            isa,
-            FilterGradient { sums, position: panels * o * width, panel: o * width, filter, products: PhantomData::<W> },
-        );
+        let (position, panel) = (panels * o * width, o * width);
+        dispatch(isa, OneFilter::<W, M> { sums, position, panel, filter, products: PhantomData });
     });
 }
 
+/// Slots along an axis of a tile of `M` outputs.
+const fn slots_of<const M: usize>() -> usize {
+    M + TAPS - 1
+}
+
 /// Some words of tiles of the input, to `[position][panel][word][column]`, and of the output's gradient, to `[position][word][o]`.
-struct Transform<'a, T, W> {
+struct TransformTiles<'a, T, W, const M: usize> {
     x: &'a [T],
     dy: &'a [T],
     shape: &'a ConvShape,
@@ -109,7 +129,7 @@ struct Transform<'a, T, W> {
     gradients: &'a Output<W>,
 }
 
-impl<T: Float, W: Float> Task for Transform<'_, T, W> {
+impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
     type Output = ();
 
     #[inline(always)]
@@ -118,51 +138,64 @@ impl<T: Float, W: Float> Task for Transform<'_, T, W> {
         let width = S::LANES * S::VECTORS;
         let inputs_len = c.div_ceil(width) * self.words * width * W::PER_WORD;
         let gradients_len = self.words * o * W::PER_WORD;
-        let mut room = Room::new();
+        let mut rooms = [Room::new(), Room::new()];
         for word in self.block.clone() {
             // The first and the last tile of a word; one beyond the last is zero.
             let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
             let tiles = [tile(0), tile(W::PER_WORD - 1)];
             let inputs = tiles.map(|tile| match tile {
-                Some(tile) => self.grid.inputs(self.x, self.shape, tile),
-                None => [[zeros(c); IN]; IN],
+                Some(tile) => self.inputs_of(tile),
+                None => [[zeros(c); MAX]; MAX],
             });
             let gradients = tiles.map(|tile| match tile {
                 Some(tile) => self.gradients_of(tile),
-                None => [[zeros(o); OUTPUTS]; OUTPUTS],
+                None => [[zeros(o); MAX]; MAX],
             });
             for channel in (0..c).step_by(S::LANES) {
                 let at = (channel / width * self.words + word) * width + channel % width;
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
                 unsafe {
-                    let out = self.inputs.pointer().add(at * W::PER_WORD);
+                    let first = self.inputs.pointer().add(at * W::PER_WORD);
+                    let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
                     let tiles = inputs.each_ref().map(|pixels| Pixels { pixels, channel });
-                    transform_words::<InputAxis<W>, S, W, IN, IN>(simd, tiles, &mut room, out, inputs_len);
+                    transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
             for channel in (0..o).step_by(S::LANES) {
                 // SAFETY: as above, of `o` values.
                 unsafe {
-                    let out = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
-                    let (tiles, stride) =
-                        (gradients.each_ref().map(|pixels| Pixels { pixels, channel }), gradients_len);
-                    transform_words::<GradientAxis<W>, S, W, OUTPUTS, IN>(simd, tiles, &mut room, out, stride);
+                    let first = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
+                    let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
+                    let tiles = gradients.each_ref().map(|pixels| Pixels { pixels, channel });
+                    transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
         }
     }
 }
 
-impl<T: Float, W: Float> Transform<'_, T, W> {
+impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
+    /// The pixels that a tile sees; those on the padding are zero.
+    #[inline(always)]
+    fn inputs_of(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
+        let Place { image, top, left } = self.grid.place(tile);
+        std::array::from_fn(|i| {
+            std::array::from_fn(|j| match i < slots_of::<M>() && j < slots_of::<M>() {
+                true => pixel(self.x, self.shape, image, [top + i, left + j]),
+                false => &[],
+            })
+        })
+    }
+
     /// The gradients of a tile's outputs; those beyond the image have none.
     #[inline(always)]
-    fn gradients_of(&self, tile: usize) -> [[&[T]; OUTPUTS]; OUTPUTS] {
+    fn gradients_of(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
         let ([oh, ow], o) = (self.shape.output(), self.shape.o);
         let Place { image, top, left } = self.grid.place(tile);
         std::array::from_fn(|i| {
-            std::array::from_fn(|j| match (top + i < oh, left + j < ow) {
-                (true, true) => &self.dy[((image * oh + top + i) * ow + left + j) * o..][..o],
-                _ => zeros(o),
+            std::array::from_fn(|j| match i < M && j < M && top + i < oh && left + j < ow {
+                true => &self.dy[((image * oh + top + i) * ow + left + j) * o..][..o],
+                false => zeros(o),
             })
         })
     }
@@ -194,7 +227,7 @@ impl<W: Float> Task for Multiply<'_, W> {
 }
 
 /// `G^T m G` of one filter.
-struct FilterGradient<'a, W> {
+struct OneFilter<'a, W, const M: usize> {
     /// From the filter's first sum on, `[position][panel][..][column]`.
     sums: &'a [f32],
     /// Values of a position.
@@ -206,22 +239,24 @@ struct FilterGradient<'a, W> {
     products: PhantomData<W>,
 }
 
-impl<W: Float> Task for FilterGradient<'_, W> {
+impl<W: Float, const M: usize> Task for OneFilter<'_, W, M> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let FilterGradient { sums, position, panel, filter, .. } = self;
+        let OneFilter { sums, position, panel, filter, .. } = self;
         let (c, width) = (filter.len() / 9, S::LANES * S::VECTORS);
         assert!(c.is_multiple_of(S::LANES) && panel >= width);
-        assert!(sums.len() >= (POSITIONS - 1) * position + (c.div_ceil(width) - 1) * panel + width);
+        assert!(sums.len() >= (slots_of::<M>().pow(2) - 1) * position + (c.div_ceil(width) - 1) * panel + width);
+        let mut room = Room::new();
         for channel in (0..c).step_by(S::LANES) {
             let at = channel / width * panel + channel % width;
             // SAFETY: as asserted, a vector from `channel` on is there at every position, and in every tap.
             unsafe {
-                let sums = Plane::<f32, IN> { first: sums.as_ptr().add(at).cast_mut(), stride: position };
-                let out = Plane::<f32, 3> { first: filter.as_mut_ptr().add(channel), stride: c };
-                along_both::<FilterGradientAxis<W>, S, IN, 3>(simd, sums, out);
+                let first = sums.as_ptr().add(at).cast_mut();
+                let sums = Plane { first, steps: [slots_of::<M>() * position, position] };
+                let out = Plane { first: filter.as_mut_ptr().add(channel), steps: [TAPS * c, c] };
+                along_both::<FilterGradient<W, M>, S>(simd, &mut room, sums, out);
             }
         }
     }
