@@ -18,8 +18,8 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// With more channels, of input or output, the transformed filters, four times the filters, do not stay in L2 beside the
-/// tiles: [`super::strips`] then transforms them when they are used.
+/// With more channels, of input or output, the transformed filters, four or nine times the filters, take too long to read for a block
+/// of tiles: [`super::strips`] then transforms them when they are used.
 pub(super) const MAX_CHANNELS: usize = 128;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
@@ -119,10 +119,8 @@ impl<W: Float> Task for FilterTransform<'_, W> {
             // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on; this word's row of every
             // panel is this task's alone.
             unsafe {
-                let words = Plane {
-                    first: self.out.pointer().add(at),
-                    steps: [values::<W>(1) * self.stride, self.stride],
-                };
+                let words =
+                    Plane { first: self.out.pointer().add(at), steps: [values::<W>(1) * self.stride, self.stride] };
                 transform_words::<Filter<W, 1>, S, W>(simd, taps, &mut rooms, words);
             }
         }

@@ -40,9 +40,9 @@ pub(super) fn suits<W: Float>(isa: Isa, tiles: usize) -> bool {
 /// Slots of a row whose sums are in registers together for [`TILES`] tiles.
 const SLOTS: usize = SUMS / TILES;
 
-/// Tiles whose sums are in registers together: where rows are long, that many of one or two tiles at a whole row.
-fn group(tiles: usize, slots: usize) -> usize {
-    if slots > SLOTS && tiles <= 2 { tiles } else { TILES }
+/// Tiles whose sums are in registers together: where phases are long, those of one or two tiles at a whole row.
+fn group(tiles: usize, phase: usize) -> usize {
+    if phase > SLOTS && tiles <= 2 { tiles } else { TILES }
 }
 
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride `STRIDE`, which [`suits`].
@@ -56,7 +56,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     let axis = axis::<W>(STRIDE);
     let part = &Part::all(shape, axis, 1)[0];
     let (tiles, words, slots) = (part.places.len(), shape.c / W::PER_WORD, slots(axis));
-    let (group, corners) = (group(tiles, slots), are_corners(part));
+    let (group, corners) = (group(tiles, phase_slots(axis, 0)), are_corners(part));
     let tile = slots * W::PER_WORD;
     let word = tiles.next_multiple_of(group) * tile;
     let layout = Layout { row: words * word, slot: W::PER_WORD, tile, word };
@@ -236,13 +236,7 @@ impl<W: Float> Product<W> {
     }
 
     /// Whether tile `tile` has products at slot `i` of a part of a row.
-    const fn has<
-        const STRIDE: usize,
-        const ROW: usize,
-        const PART: usize,
-        const GROUP: usize,
-        const CORNERS: bool,
-    >(
+    const fn has<const STRIDE: usize, const ROW: usize, const PART: usize, const GROUP: usize, const CORNERS: bool>(
         i: usize,
         tile: usize,
     ) -> bool {
@@ -283,8 +277,7 @@ impl<W: Float> Product<W> {
         // Where the sum of a slot and a tile is.
         macro_rules! sum {
             ($I:ident, $TILE:ident) => {{
-                let position =
-                    const { position_of(axis::<W>(STRIDE), part_of_row::<W>(STRIDE, GROUP, PART)[0] + $I) };
+                let position = const { position_of(axis::<W>(STRIDE), part_of_row::<W>(STRIDE, GROUP, PART)[0] + $I) };
                 self.sums.wrapping_add((position * TILES + $TILE) * S::LANES)
             }};
         }

@@ -62,12 +62,20 @@ pub fn multiplies<T: Float>(isa: Isa) -> bool {
     T::PER_WORD == 1 || isa.multiplies_pairs()
 }
 
+/// Blocks of fewer tiles take the filters of strips: with products of f32 filters that are transformed beforehand are nine times as large,
+/// and reading them takes longer than making them. Both sum the same values in the same order, to the same bits.
+const FEW_TILES: usize = 24;
+
+fn tiles<W: Float>(shape: &ConvShape) -> usize {
+    parts::TileGrid::new(shape, transforms::axis::<W>(1).outputs).count()
+}
+
 /// Filters for Winograd's algorithm whose products are of type `W`.
 pub enum Winograd<W> {
     /// Along rows alone.
     Rows(RowFilter<W>),
-    /// Transformed beforehand.
-    Blocks(BlockFilter<W>),
+    /// Transformed beforehand; the others for fewer tiles than [`FEW_TILES`].
+    Blocks(BlockFilter<W>, StripFilter<W>),
     /// Transformed when they are used.
     Strips(StripFilter<W>),
 }
@@ -77,21 +85,30 @@ impl<W: Float> Winograd<W> {
         match algorithm {
             Algorithm::Rows => Winograd::Rows(RowFilter::new(isa, filter, shape)),
             Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
-            _ => Winograd::Blocks(BlockFilter::new(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(
+                BlockFilter::new(isa, filter, shape.o, shape.c),
+                StripFilter::new(isa, filter, shape.o, shape.c),
+            ),
         }
     }
 
     pub(super) fn for_backward_input(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
         match algorithm {
             Algorithm::Strips => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
-            _ => Winograd::Blocks(BlockFilter::for_backward_input(isa, filter, shape.o, shape.c)),
+            _ => Winograd::Blocks(
+                BlockFilter::for_backward_input(isa, filter, shape.o, shape.c),
+                StripFilter::for_backward_input(isa, filter, shape.o, shape.c),
+            ),
         }
     }
 
     pub(super) fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
         match self {
             Winograd::Rows(filter) => rows::forward(x, filter, shape, epilogue, y),
-            Winograd::Blocks(filter) => blocks::forward(x, filter, shape, epilogue, y),
+            Winograd::Blocks(_, filter) if W::PER_WORD == 1 && tiles::<W>(shape) < FEW_TILES => {
+                strips::forward(x, filter, shape, epilogue, y)
+            }
+            Winograd::Blocks(filter, _) => blocks::forward(x, filter, shape, epilogue, y),
             Winograd::Strips(filter) => strips::forward(x, filter, shape, epilogue, y),
         }
     }

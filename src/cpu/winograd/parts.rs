@@ -97,11 +97,6 @@ impl Part {
         usize::from(i < positions(self.axis, down_edge)) * 2 + usize::from(j < positions(self.axis, right_edge))
     }
 
-    /// Values of the inputs of one pair of slots.
-    pub fn slot_len(&self, channels: usize) -> usize {
-        spread(self.places.len() * channels)
-    }
-
     /// Tiles that a position has room for: whole tiles of the micro-kernel.
     pub fn room(&self) -> usize {
         self.places.len().next_multiple_of(TILE_ROWS)

@@ -8,7 +8,6 @@
 //! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
 
-use super::axes::{Plane, along_both};
 use super::check_operands;
 use super::few;
 use super::parts::{Part, TileGrid, spread};
@@ -27,9 +26,9 @@ use std::ops::Range;
 /// Output channels of a task; a whole number of the micro-kernel's panels.
 const STRIP: usize = 64;
 /// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a strip should stay in L2.
-const PART: usize = 96;
+const PART: usize = 128;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
-const TRANSFORMED: usize = 5 << 20;
+const TRANSFORMED: usize = 11 << 20;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of all positions in L2.
 pub(super) const WORDS: usize = 64;
@@ -148,10 +147,9 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     let parts = Part::all(shape, axis::<W>(STRIDE), groups * parts_of_group);
     let strips = shape.o.div_ceil(STRIP);
     let out = Output::new(y);
-    let layout = |part: &Part| {
-        let slot = part.slot_len(shape.c);
-        Layout { row: slots * slot, slot, tile: shape.c, word: W::PER_WORD }
-    };
+    // What a row of positions reads lies together.
+    let tile = spread(slots * shape.c);
+    let layout = |part: &Part| Layout { row: part.places.len() * tile, slot: shape.c, tile, word: W::PER_WORD };
     for parts in parts.chunks(parts_of_group.max(1)) {
         let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
         let pieces: Vec<(&Part, Range<usize>, Output<W>)> = parts
@@ -171,7 +169,7 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
             let (part, strip) = (task / strips, task % strips);
             let (part, inputs) = (&parts[part], &inputs[part]);
             let outputs = &Outputs { part, shape, epilogue, y: &out, transform: PhantomData::<W> };
-            let sums = dispatch(filter.isa, Strip::<W, STRIDE> { inputs, filter, strip, part });
+            let sums = dispatch(filter.isa, Strip::<W, STRIDE> { inputs, layout: layout(part), filter, strip, part });
             finish::<T, W, STRIDE>(filter.isa, outputs, &sums, strip * STRIP..shape.o.min((strip + 1) * STRIP));
         });
     }
@@ -205,8 +203,9 @@ pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
 
 /// The sums of a strip of channels in all tiles of a part, as [`finish`] takes them.
 struct Strip<'a, W, const STRIDE: usize> {
-    /// `[slot down][slot across][tile][channel]`
+    /// `[slot down][tile][slot across][channel]`
     inputs: &'a [W],
+    layout: Layout,
     filter: &'a StripFilter<W>,
     strip: usize,
     part: &'a Part,
@@ -226,23 +225,47 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
         let mut sums = Scratch::<f32>::take(across * across * position_len);
         let words = c / W::PER_WORD;
         let value_len = spread(panels * WORDS.min(words) * width * W::PER_WORD);
-        let mut filters = Scratch::<W>::take(const { values::<W>(STRIDE).pow(2) } * value_len);
-        for start in (0..words).step_by(WORDS) {
-            let words = start..words.min(start + WORDS);
-            self.transform_filters(simd, words.clone(), columns, &mut filters);
-            for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
-                let position = [position / across, position % across];
-                self.multiply(simd, position, words.clone(), &filters, columns, sums);
+        let mut filters = Scratch::<W>::take(const { values::<W>(STRIDE) } * value_len);
+        for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
+            for start in (0..words).step_by(WORDS) {
+                let words = start..words.min(start + WORDS);
+                for row in meet::<W, STRIDE>(i) {
+                    self.transform_filters(simd, value_of::<W>(STRIDE, row), words.clone(), columns, &mut filters);
+                    for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
+                        self.multiply(simd, [i, j], row, words.clone(), &filters, columns, sums);
+                    }
+                }
             }
         }
         sums
     }
 }
 
+/// The slots that meet at a position along an axis.
+fn meet<W: Float, const STRIDE: usize>(position: usize) -> impl Iterator<Item = usize> {
+    let axis = axis::<W>(STRIDE);
+    (0..slots(axis)).filter(move |&slot| position_of(axis, slot) == position)
+}
+
 impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
-    /// `G g G^T` of the filters of some words of channels: `[value down][value across][panel][word][column]`.
+    /// Row `row` of `G g G^T` of the filters of some words of channels: `[value across][panel][word][column]`.
     #[inline(always)]
-    fn transform_filters<S: Simd>(&self, simd: S, words: Range<usize>, columns: usize, filters: &mut [W]) {
+    fn transform_filters<S: Simd>(&self, simd: S, row: usize, words: Range<usize>, columns: usize, filters: &mut [W]) {
+        unrolled!(ROW => {
+            if const { ROW < values::<W>(STRIDE) } && ROW == row {
+                self.transform_row::<S, ROW>(simd, words.clone(), columns, filters);
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn transform_row<S: Simd, const ROW: usize>(
+        &self,
+        simd: S,
+        words: Range<usize>,
+        columns: usize,
+        filters: &mut [W],
+    ) {
         // Values of a tap, of all of a word's, and of a panel's row.
         let tap_len = S::LANES * W::PER_WORD;
         let word_len = TAPS * TAPS * tap_len;
@@ -250,9 +273,8 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         let panel = words.len() * row;
         let vectors = columns.div_ceil(S::LANES);
         let value_len = spread(vectors.div_ceil(S::VECTORS) * panel);
-        assert!(filters.len() >= values::<W>(STRIDE).pow(2) * value_len);
+        assert!(filters.len() >= values::<W>(STRIDE) * value_len);
         let line = LINE_BYTES / size_of::<W>();
-        let mut room = Room::new();
         for word in words.clone() {
             for vector in 0..vectors {
                 let start = self.filter.start(self.strip * STRIP / S::LANES + vector, word);
@@ -261,41 +283,52 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                 (0..word_len).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
                 let at = vector / S::VECTORS * panel + (word - words.start) * row + vector % S::VECTORS * tap_len;
                 for part in (0..tap_len).step_by(S::LANES) {
-                    let first = taps.as_ptr().wrapping_add(part).cast_mut();
-                    let taps = Plane { first, steps: [TAPS * tap_len, tap_len] };
-                    let first = filters.as_mut_ptr().wrapping_add(at + part);
-                    let values = Plane { first, steps: [values::<W>(STRIDE) * value_len, value_len] };
-                    // SAFETY: a part of each tap; a vector of a row within the value's panels, as asserted.
-                    unsafe { along_both::<Filter<W, STRIDE>, S>(simd, &mut room, taps, values) };
+                    let taps = taps[part..].as_ptr();
+                    let mut columns = [simd.splat(0.0); MAX];
+                    unrolled!(COLUMN => {
+                        if COLUMN < TAPS {
+                            // SAFETY: a part of each tap.
+                            let column = vectors!(simd, TAPS, TAP => unsafe {
+                                W::load(simd, taps.add((TAP * TAPS + COLUMN) * tap_len))
+                            });
+                            columns[COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column);
+                        }
+                    });
+                    let vectors = Filter::<W, STRIDE>::apply(simd, &columns);
+                    unrolled!(VALUE => {
+                        if const { VALUE < values::<W>(STRIDE) } {
+                            // SAFETY: a vector of a row within the value's panels, as asserted.
+                            unsafe { W::store(simd, filters.as_mut_ptr().add(VALUE * value_len + at + part), vectors[VALUE]) };
+                        }
+                    });
                 }
             }
         }
     }
 
-    /// Adds the products at a position, over some words of channels and the slots that meet there: `[panel][tile][column]`.
+    /// Adds the products at a position, over some words of channels, of a row of slots that meet there: `[panel][tile][column]`.
     #[inline(always)]
     fn multiply<S: Simd>(
         &self,
         simd: S,
         [i, j]: [usize; 2],
+        row: usize,
         words: Range<usize>,
         filters: &[W],
         columns: usize,
         sums: &mut [f32],
     ) {
-        let part = self.part;
-        let (c, depth, width) = (self.filter.c, words.len() * W::PER_WORD, S::LANES * S::VECTORS);
+        let (part, layout) = (self.part, self.layout);
+        let (depth, width) = (words.len() * W::PER_WORD, S::LANES * S::VECTORS);
         let panels = columns.div_ceil(width);
         let tiles = part.tiles_at([i, j]);
-        let meet =
-            |position: usize| (0..slots(axis::<W>(STRIDE))).filter(move |&slot| position_of(axis::<W>(STRIDE), slot) == position);
-        for (row, slot) in meet(i).flat_map(|row| meet(j).map(move |slot| (row, slot))) {
-            let value = value_of::<W>(STRIDE, row) * values::<W>(STRIDE) + value_of::<W>(STRIDE, slot);
-            let filters = &filters[value * spread(panels * depth * width)..][..panels * depth * width];
+        for slot in meet::<W, STRIDE>(j) {
+            let filters =
+                &filters[value_of::<W>(STRIDE, slot) * spread(panels * depth * width)..][..panels * depth * width];
             // For each class, where the inputs begin, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
                 let has = has_slot(axis::<W>(STRIDE), down, row) && has_slot(axis::<W>(STRIDE), across, slot);
-                has.then(|| (row * slots(axis::<W>(STRIDE)) + slot) * part.slot_len(c) + words.start * W::PER_WORD)
+                has.then(|| row * layout.row + slot * layout.slot + words.start * W::PER_WORD)
             });
             let first = words.start == 0 && [row, slot] == [i, j];
             for (panel, sums) in sums.chunks_exact_mut(part.room() * width).take(panels).enumerate() {
@@ -305,7 +338,7 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                     let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
                         let tile = tiles[(start + lane).min(tiles.len() - 1)];
                         match starts[part.class_of(tile)] {
-                            Some(start) => self.inputs[start + tile * c..][..depth].as_ptr().cast(),
+                            Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
                             None => ZEROS[..words.len()].as_ptr(),
                         }
                     })];

@@ -188,13 +188,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
 impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
     #[inline(always)]
-    fn transform_columns<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        sums: &[f32],
-        across: usize,
-        room: &mut Room,
-    ) {
+    fn transform_columns<S: Simd, const M: usize>(&self, simd: S, sums: &[f32], across: usize, room: &mut Room) {
         let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         for j in 0..positions(axis::<W>(STRIDE), across) {
             // SAFETY: checked by the slice.
@@ -214,13 +208,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
 
     /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
     #[inline(always)]
-    fn transform_rows<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        channel: usize,
-        down: usize,
-        room: &mut Room,
-    ) {
+    fn transform_rows<S: Simd, const M: usize>(&self, simd: S, channel: usize, down: usize, room: &mut Room) {
         let Outputs { part, shape, epilogue, y, .. } = self.outputs;
         let (Place { image, top, left }, [oh, ow], o) = (part.places[self.tile], shape.output(), shape.o);
         // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
@@ -228,7 +216,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
         for i in 0..down {
             let room = room.at::<S>(i, 0);
             // SAFETY: the columns have stored a vector for each row of outputs and each position across.
-            let row = vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
+            let row =
+                vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
             let outputs = Sums::<W, STRIDE, M>::apply(simd, &row);
             let first = ((image * oh + top + i) * ow + left) * o + channel;
             unrolled!(J => {

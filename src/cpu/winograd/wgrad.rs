@@ -22,6 +22,9 @@ use std::ops::Range;
 /// large, adding to them takes longer than reading tiles from memory: then so many times the sums.
 const TRANSFORMED: usize = 12 << 20;
 const TIMES_THE_SUMS: usize = 4;
+/// Filters whose sums at all positions a task computes, where there are enough such tasks: they stay in L2.
+const BLOCK_FILTERS: usize = 32;
+const TASKS: usize = 8;
 /// Words of tiles a task transforms.
 const BLOCK_WORDS: usize = 16;
 
@@ -29,15 +32,15 @@ const BLOCK_WORDS: usize = 16;
 /// few pixels are summed, what is exactly zero should stay so: an optimiser that divides by the size of a gradient would make steps
 /// of rounding errors.
 const MAX_CHANNELS_OF_FEW: usize = 256;
-/// Tiles that are enough for more channels.
-const MANY_TILES: usize = 32;
+/// Pixels that are enough for more channels.
+const MANY_PIXELS: usize = 512;
 
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
     let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
-    let enough = few || shape.n * shape.output().map(|extent| extent.div_ceil(4)).iter().product::<usize>() >= MANY_TILES;
+    let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
     shape.stride == [1, 1] && enough && super::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
@@ -75,38 +78,68 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (grid, all) = (TileGrid::new(shape, M), slots_of::<M>().pow(2));
     let width = isa.tile_columns();
     let panels = c.div_ceil(width);
-    let together = TRANSFORMED.max(TIMES_THE_SUMS * all * c * o * size_of::<f32>());
+    let sums_len = all * panels * o * width;
+    let together = TRANSFORMED.max(TIMES_THE_SUMS * sums_len * size_of::<f32>());
     let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
     let words = part.div_ceil(W::PER_WORD);
+    let mut inputs = Scratch::<W>::take(all * panels * words * width * W::PER_WORD);
+    let mut gradients = Scratch::<W>::take(all * words * o * W::PER_WORD);
+    let transform = |tiles: Range<usize>, inputs: &mut [W], gradients: &mut [W]| {
+        let words = tiles.len().div_ceil(W::PER_WORD);
+        let (inputs, gradients) = (&Output::new(inputs), &Output::new(gradients));
+        (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
+            let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
+            let tiles = tiles.clone();
+            dispatch(isa, TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, inputs, gradients });
+        });
+        words
+    };
+    let finish = |sums: &[f32], position: usize, filter: usize, panel: usize, out: &Output<f32>| {
+        let channels = panel * width..c.min((panel + 1) * width);
+        dispatch(isa, ToFilter::<W, M> { sums, position, filter, channels, c, out, products: PhantomData });
+    };
+    let out = &Output::new(dfilter);
+    let blocks = o.div_ceil(BLOCK_FILTERS);
+    if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
+        // More sums than tiles, and all tiles at once: some sums of all positions at a time, which need not go to memory.
+        let words = transform(0..grid.count(), &mut inputs, &mut gradients);
+        (0..panels * blocks).into_par_iter().for_each(|task| {
+            let (panel, block) = (task / blocks, task % blocks);
+            let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
+            // [position][o][column]
+            let position_len = filters.len() * width;
+            let mut sums = Scratch::<f32>::take(all * position_len);
+            for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
+                let (inputs, gradients) = (
+                    &inputs[(position * panels + panel) * words * width * W::PER_WORD..][..words * width * W::PER_WORD],
+                    &gradients[position * words * o * W::PER_WORD..][..words * o * W::PER_WORD],
+                );
+                dispatch(isa, Multiply { gradients, inputs, o, filters: filters.clone(), first: true, sums });
+            }
+            for (i, filter) in filters.enumerate() {
+                finish(&sums[i * width..], position_len, filter, panel, out);
+            }
+        });
+        return;
+    }
     // [position][panel][o][column]
-    let mut sums = Scratch::<f32>::take(all * panels * o * width);
+    let mut sums = Scratch::<f32>::take(sums_len);
     if grid.count() == 0 {
         sums.fill(0.0);
     }
-    let mut inputs = Scratch::<W>::take(all * panels * words * width * W::PER_WORD);
-    let mut gradients = Scratch::<W>::take(all * words * o * W::PER_WORD);
     for start in (0..grid.count()).step_by(words * W::PER_WORD) {
         let tiles = start..grid.count().min(start + words * W::PER_WORD);
-        let words = tiles.len().div_ceil(W::PER_WORD);
-        {
-            let (inputs, gradients) = (Output::new(&mut inputs), Output::new(&mut gradients));
-            (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
-                let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
-                let (tiles, inputs, gradients) = (tiles.clone(), &inputs, &gradients);
-                dispatch(isa, TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, inputs, gradients });
-            });
-        }
+        let words = transform(tiles, &mut inputs, &mut gradients);
         sums.par_chunks_exact_mut(o * width).enumerate().for_each(|(i, sums)| {
             let (word_of_inputs, word_of_gradients) = (width * W::PER_WORD, o * W::PER_WORD);
             let inputs = &inputs[i * words * word_of_inputs..][..words * word_of_inputs];
             let gradients = &gradients[i / panels * words * word_of_gradients..][..words * word_of_gradients];
-            dispatch(isa, Multiply { gradients, inputs, o, first: start == 0, sums });
+            dispatch(isa, Multiply { gradients, inputs, o, filters: 0..o, first: start == 0, sums });
         });
     }
-    dfilter.par_chunks_exact_mut(9 * c).enumerate().for_each(|(i, filter)| {
-        let sums = &sums[i * width..];
-        let (position, panel) = (panels * o * width, o * width);
-        dispatch(isa, OneFilter::<W, M> { sums, position, panel, filter, products: PhantomData });
+    (0..o * panels).into_par_iter().for_each(|i| {
+        let (filter, panel) = (i / panels, i % panels);
+        finish(&sums[(panel * o + filter) * width..], panels * o * width, filter, panel, out);
     });
 }
 
@@ -201,11 +234,12 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
     }
 }
 
-/// `sums [o, width] (+)= gradients [words, o]^T inputs [words, width]`.
+/// `sums [filters, width] (+)= gradients [words, o]^T inputs [words, width]` of some filters.
 struct Multiply<'a, W> {
     gradients: &'a [W],
     inputs: &'a [W],
     o: usize,
+    filters: Range<usize>,
     first: bool,
     sums: &'a mut [f32],
 }
@@ -216,46 +250,49 @@ impl<W: Float> Task for Multiply<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let (o, width) = (self.o, S::LANES * S::VECTORS);
+        assert!(self.filters.end <= o);
         let mut runs: Vec<*const f32> = Vec::with_capacity(SLICE);
         let inputs = self.inputs.chunks(SLICE * width * W::PER_WORD);
         for (i, (gradients, inputs)) in self.gradients.chunks(SLICE * o * W::PER_WORD).zip(inputs).enumerate() {
             runs.clear();
-            runs.extend(gradients.chunks_exact(o * W::PER_WORD).map(|row| row.as_ptr().cast()));
-            multiply_runs(simd, &runs, o, inputs, self.first && i == 0, self.sums);
+            let rows = gradients.chunks_exact(o * W::PER_WORD);
+            runs.extend(rows.map(|row| row[self.filters.start * W::PER_WORD..].as_ptr().cast()));
+            multiply_runs(simd, &runs, self.filters.len(), inputs, self.first && i == 0, self.sums);
         }
     }
 }
 
-/// `G^T m G` of one filter.
-struct OneFilter<'a, W, const M: usize> {
-    /// From the filter's first sum on, `[position][panel][..][column]`.
+/// `G^T m G` of some channels of a filter.
+struct ToFilter<'a, W, const M: usize> {
+    /// From the first of the filter's sums on, `[position][..][column]`.
     sums: &'a [f32],
     /// Values of a position.
     position: usize,
-    /// Values of a panel.
-    panel: usize,
-    /// `[3, 3, c]`.
-    filter: &'a mut [f32],
+    filter: usize,
+    channels: Range<usize>,
+    /// All channels.
+    c: usize,
+    /// Filters `[o, 3, 3, c]`.
+    out: &'a Output<f32>,
     products: PhantomData<W>,
 }
 
-impl<W: Float, const M: usize> Task for OneFilter<'_, W, M> {
+impl<W: Float, const M: usize> Task for ToFilter<'_, W, M> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let OneFilter { sums, position, panel, filter, .. } = self;
-        let (c, width) = (filter.len() / 9, S::LANES * S::VECTORS);
-        assert!(c.is_multiple_of(S::LANES) && panel >= width);
-        assert!(sums.len() >= (slots_of::<M>().pow(2) - 1) * position + (c.div_ceil(width) - 1) * panel + width);
+        let (steps, columns) = ([slots_of::<M>() * self.position, self.position], self.channels.len());
+        assert!(columns.is_multiple_of(S::LANES) && self.channels.end <= self.c);
+        assert!(self.sums.len() >= (slots_of::<M>().pow(2) - 1) * self.position + columns);
         let mut room = Room::new();
-        for channel in (0..c).step_by(S::LANES) {
-            let at = channel / width * panel + channel % width;
-            // SAFETY: as asserted, a vector from `channel` on is there at every position, and in every tap.
+        for column in (0..columns).step_by(S::LANES) {
+            // SAFETY: as asserted, a vector from `column` on is there at every position; these channels of the filter, of which each
+            // tap has `c`, are this task's alone.
             unsafe {
-                let first = sums.as_ptr().add(at).cast_mut();
-                let sums = Plane { first, steps: [slots_of::<M>() * position, position] };
-                let out = Plane { first: filter.as_mut_ptr().add(channel), steps: [TAPS * c, c] };
+                let sums = Plane { first: self.sums.as_ptr().add(column).cast_mut(), steps };
+                let first = self.out.pointer().add(self.filter * TAPS * TAPS * self.c + self.channels.start + column);
+                let out = Plane { first, steps: [TAPS * self.c, self.c] };
                 along_both::<FilterGradient<W, M>, S>(simd, &mut room, sums, out);
             }
         }
