@@ -9,7 +9,7 @@
 use super::parts::Part;
 use super::points::*;
 use super::strips::{StripFilter, WORDS};
-use super::tiles::{Finish, Inputs, Layout, Outputs};
+use super::tiles::{Finish, Inputs, Layout, Outputs, Starts};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -70,14 +70,14 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
         dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, to, layout });
     });
     let outputs = &Outputs { part, shape, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
-    let (inputs, isa) = (&inputs, filter.isa);
+    let (inputs, isa, across) = (&inputs, filter.isa, positions(axis, axis.outputs));
     (0..shape.o / isa.lanes()).into_par_iter().for_each(|vector| {
         let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });
         let of_group = sums.len() / tiles.div_ceil(group);
         for tile in 0..tiles {
-            let starts = std::array::from_fn(|position| (position * TILES + tile % group) * isa.lanes());
+            let starts = &Starts::new(across.pow(2), |position| (position * TILES + tile % group) * isa.lanes());
             let (sums, channels) = (&sums[tile / group * of_group..], vector * isa.lanes()..(vector + 1) * isa.lanes());
-            dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts: &starts });
+            dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts });
         }
     });
 }

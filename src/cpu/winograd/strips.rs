@@ -12,7 +12,7 @@ use super::check_operands;
 use super::few;
 use super::parts::{Part, TileGrid, spread};
 use super::points::*;
-use super::tiles::{Finish, Inputs, Layout, Outputs};
+use super::tiles::{Finish, Inputs, Layout, Outputs, Starts};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -187,7 +187,7 @@ pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
     let across = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
     let position_len = sums.len() / across.pow(2);
     for (class, tiles) in part.classes().enumerate().filter(|(_, tiles)| !tiles.is_empty()) {
-        let starts: &[usize; MAX * MAX] = &std::array::from_fn(|position| {
+        let starts = &Starts::new(across.pow(2), |position| {
             let place = [position / across, position % across];
             position * position_len + part.first_at(place, class) * width
         });
@@ -232,13 +232,23 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
                 for row in meet::<W, STRIDE>(i) {
                     self.transform_filters(simd, value_of::<W>(STRIDE, row), words.clone(), columns, &mut filters);
                     for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
-                        self.multiply(simd, [i, j], row, words.clone(), &filters, columns, sums);
+                        let at = Products { position: [i, j], row, words: words.clone(), columns };
+                        self.multiply(simd, at, &filters, sums);
                     }
                 }
             }
         }
         sums
     }
+}
+
+/// Some of the products at a position.
+struct Products {
+    position: [usize; 2],
+    /// The slot down, one of those that meet there.
+    row: usize,
+    words: Range<usize>,
+    columns: usize,
 }
 
 /// The slots that meet at a position along an axis.
@@ -306,18 +316,10 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         }
     }
 
-    /// Adds the products at a position, over some words of channels, of a row of slots that meet there: `[panel][tile][column]`.
+    /// Adds products to the sums of a position, `[panel][tile][column]`; filters are those of the row.
     #[inline(always)]
-    fn multiply<S: Simd>(
-        &self,
-        simd: S,
-        [i, j]: [usize; 2],
-        row: usize,
-        words: Range<usize>,
-        filters: &[W],
-        columns: usize,
-        sums: &mut [f32],
-    ) {
+    fn multiply<S: Simd>(&self, simd: S, at: Products, filters: &[W], sums: &mut [f32]) {
+        let Products { position: [i, j], row, words, columns } = at;
         let (part, layout) = (self.part, self.layout);
         let (depth, width) = (words.len() * W::PER_WORD, S::LANES * S::VECTORS);
         let panels = columns.div_ceil(width);

@@ -41,17 +41,22 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     fn run<S: Simd>(self, simd: S) {
         let mut room = Room::new();
         let mut pixels: [Pixels<T>; 2] = [[[&[]; MAX]; MAX]; 2];
-        self.find_pixels(self.tiles.start, &mut pixels[0]);
+        let [these, next] = &mut pixels;
+        let (mut these, mut next) = (these, next);
+        self.find_pixels(self.tiles.start, these);
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
-            let [these, next] = &mut pixels;
             self.find_pixels(self.tiles.end.min(tile + 2) - 1, next);
             for channel in (0..self.shape.c).step_by(S::LANES) {
                 let pixels = [&*these, &*next];
-                with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, pixels, channel, across, &mut room));
-                with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, tile, channel, down, &mut room));
+                with_outputs!(axis::<W>(STRIDE), down, M => {
+                    self.transform_columns::<S, M>(simd, pixels, channel, across, &mut room)
+                });
+                with_outputs!(axis::<W>(STRIDE), across, M => {
+                    self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
+                });
             }
-            pixels.swap(0, 1);
+            std::mem::swap(&mut these, &mut next);
         }
     }
 }
@@ -165,8 +170,21 @@ pub(super) struct Finish<'a, T, W, const STRIDE: usize> {
     /// Whole vectors.
     pub channels: Range<usize>,
     pub sums: &'a [f32],
-    /// Where the sums of each position begin; those of the channels lie together.
-    pub starts: &'a [usize; MAX * MAX],
+    pub starts: &'a Starts,
+}
+
+/// Where the sums of each position begin; those of the channels lie together.
+pub(super) struct Starts {
+    at: [usize; MAX * MAX],
+    last: usize,
+}
+
+impl Starts {
+    /// `at` says so for each of `count` positions.
+    pub(super) fn new(count: usize, at: impl Fn(usize) -> usize) -> Self {
+        let at = std::array::from_fn(|position| if position < count { at(position) } else { 0 });
+        Starts { last: at.iter().copied().max().unwrap_or(0), at }
+    }
 }
 
 impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> {
@@ -177,6 +195,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
         let mut room = Room::new();
         let part = self.outputs.part;
         let [down, across] = part.outputs[part.class_of(self.tile)];
+        assert!(self.channels.len().is_multiple_of(S::LANES));
+        assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
             let sums = &self.sums[i * S::LANES..];
             with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, sums, across, &mut room));
@@ -191,9 +211,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(&self, simd: S, sums: &[f32], across: usize, room: &mut Room) {
         let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         for j in 0..positions(axis::<W>(STRIDE), across) {
-            // SAFETY: checked by the slice.
+            // SAFETY: a vector of the channels, as asserted.
             let column = vectors!(simd, positions(axis::<W>(STRIDE), M), I => unsafe {
-                simd.load(sums[self.starts[I * all + j]..][..S::LANES].as_ptr())
+                simd.load(sums.as_ptr().add(self.starts.at[I * all + j]))
             });
             let outputs = Sums::<W, STRIDE, M>::apply(simd, &column);
             let room = room.at::<S>(0, j);
