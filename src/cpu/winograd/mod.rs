@@ -1,13 +1,13 @@
-//! Winograd's convolution: a 3x3 filter of stride one at a quarter of the multiplications, others at about half.
+//! Winograd's convolution: a 3x3 filter of stride one at a fifth of the multiplications, others at about half.
 //!
-//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(4x4, 3x3) a tile of 4x4 outputs needs 6x6
-//! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 36 products instead of 144. Summed over channels,
-//! each of the 36 positions is a matrix product of tiles and channels with channels and filters. The transforms cost the more the
-//! fewer filters share a transformed input.
+//! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(7x7, 3x3) a tile of 7x7 outputs needs 9x9
+//! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 81 products instead of 441. Summed over channels,
+//! each of the 81 positions is a matrix product of tiles and channels with channels and filters. The transforms cost the more the
+//! fewer filters share a transformed input, and the more points there are, the more of the rounding they amplify: with bf16, and with
+//! a stride of two, tiles are of 4x4.
 //!
 //! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
-//! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them; the points of
-//! interpolation, [`Float::POINTS`], are then those at which rounding transformed values costs least. Elsewhere they are f32 too.
+//! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them, else they are f32 too.
 
 mod axes;
 pub mod blocks;
@@ -74,7 +74,7 @@ fn tiles<W: Float>(shape: &ConvShape) -> usize {
 pub enum Winograd<W> {
     /// Along rows alone.
     Rows(RowFilter<W>),
-    /// Transformed beforehand; the others for fewer tiles than [`FEW_TILES`].
+    /// Transformed beforehand; the others for few tiles.
     Blocks(BlockFilter<W>, StripFilter<W>),
     /// Transformed when they are used.
     Strips(StripFilter<W>),

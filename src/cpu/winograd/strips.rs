@@ -1,9 +1,9 @@
 //! Winograd's algorithm for 3x3 filters of many channels, with a stride of one or two.
 //!
-//! Transformed filters are four times as large as filters. Where there are many channels they do not fit a cache, and reading
+//! Transformed filters are four or nine times as large as filters. Where there are many channels they do not fit a cache, and reading
 //! them would take longer than making them: so they are made when they are used. All inputs are transformed first. Then a task
-//! takes a strip of output channels; for some input channels after others it transforms the filters, which stay in L2, and adds
-//! the products at all positions; and it transforms the sums back.
+//! takes a strip of output channels and one row of positions after the other: for some input channels after others it transforms the
+//! filters to the row's values, which stay in L2 with the row's sums, and adds the products. In the end it transforms the sums back.
 //!
 //! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
@@ -25,12 +25,12 @@ use std::ops::Range;
 
 /// Output channels of a task; a whole number of the micro-kernel's panels.
 const STRIP: usize = 64;
-/// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a strip should stay in L2.
+/// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a row should stay in L2.
 const PART: usize = 128;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
 const TRANSFORMED: usize = 11 << 20;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
-/// and those of all positions in L2.
+/// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
