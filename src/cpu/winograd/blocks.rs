@@ -26,11 +26,6 @@ const BLOCK_TILES: usize = 18;
 /// Panels are divided among tasks until there are this many.
 const TASKS: usize = 8;
 
-/// Values of a filter, and products of a tile for a pair of channels.
-const fn positions_of<W: Float>() -> usize {
-    values::<W>(1).pow(2)
-}
-
 /// Filters transformed and packed for the micro-kernel: `[position][panel of O][word of C][column of the panel]`, zero-padded. `W` is
 /// the type whose products are taken.
 pub struct BlockFilter<W> {
@@ -58,7 +53,7 @@ impl<W: Float> BlockFilter<W> {
         assert_eq!(filter.len(), o * 9 * c);
         let width = isa.tile_columns();
         let panels = o.div_ceil(width);
-        let mut packed = Scratch::take(positions_of::<W>() * panels * c * width);
+        let mut packed = Scratch::take(values::<W>(1).pow(2) * panels * c * width);
         if !o.is_multiple_of(width) {
             packed.fill(W::default());
         }

@@ -66,16 +66,17 @@ pub fn multiplies<T: Float>(isa: Isa) -> bool {
 /// and reading them takes longer than making them. Both sum the same values in the same order, to the same bits.
 const FEW_TILES: usize = 24;
 
-fn tiles<W: Float>(shape: &ConvShape) -> usize {
-    parts::TileGrid::new(shape, transforms::axis::<W>(1).outputs).count()
+/// Whether what [`blocks`] are for has so few tiles.
+fn has_few_tiles<W: Float>(shape: &ConvShape) -> bool {
+    W::PER_WORD == 1 && parts::TileGrid::new(shape, transforms::axis::<W>(1).outputs).count() < FEW_TILES
 }
 
 /// Filters for Winograd's algorithm whose products are of type `W`.
 pub enum Winograd<W> {
     /// Along rows alone.
     Rows(RowFilter<W>),
-    /// Transformed beforehand; the others for few tiles.
-    Blocks(BlockFilter<W>, StripFilter<W>),
+    /// Transformed beforehand; the others, where there are any, for few tiles.
+    Blocks(BlockFilter<W>, Option<StripFilter<W>>),
     /// Transformed when they are used.
     Strips(StripFilter<W>),
 }
@@ -87,25 +88,25 @@ impl<W: Float> Winograd<W> {
             Algorithm::Strips => Winograd::Strips(StripFilter::new(isa, filter, shape.o, shape.c)),
             _ => Winograd::Blocks(
                 BlockFilter::new(isa, filter, shape.o, shape.c),
-                StripFilter::new(isa, filter, shape.o, shape.c),
+                (W::PER_WORD == 1).then(|| StripFilter::new(isa, filter, shape.o, shape.c)),
             ),
         }
     }
 
+    /// For a convolution of this shape alone.
     pub(super) fn for_backward_input(isa: Isa, algorithm: Algorithm, filter: &[f32], shape: &ConvShape) -> Self {
         match algorithm {
-            Algorithm::Strips => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
-            _ => Winograd::Blocks(
-                BlockFilter::for_backward_input(isa, filter, shape.o, shape.c),
-                StripFilter::for_backward_input(isa, filter, shape.o, shape.c),
-            ),
+            Algorithm::Blocks if !has_few_tiles::<W>(shape) => {
+                Winograd::Blocks(BlockFilter::for_backward_input(isa, filter, shape.o, shape.c), None)
+            }
+            _ => Winograd::Strips(StripFilter::for_backward_input(isa, filter, shape.o, shape.c)),
         }
     }
 
     pub(super) fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
         match self {
             Winograd::Rows(filter) => rows::forward(x, filter, shape, epilogue, y),
-            Winograd::Blocks(_, filter) if W::PER_WORD == 1 && tiles::<W>(shape) < FEW_TILES => {
+            Winograd::Blocks(_, Some(filter)) if has_few_tiles::<W>(shape) => {
                 strips::forward(x, filter, shape, epilogue, y)
             }
             Winograd::Blocks(filter, _) => blocks::forward(x, filter, shape, epilogue, y),

@@ -71,6 +71,11 @@ pub(super) const fn position_of(axis: Axis, slot: usize) -> usize {
     phase_and_point(axis, slot).1
 }
 
+/// The slots whose products are summed at a position, one for each phase that has it.
+pub(super) fn slots_at(axis: Axis, position: usize) -> impl Iterator<Item = usize> + Clone {
+    (0..slots(axis)).filter(move |&slot| position_of(axis, slot) == position)
+}
+
 /// Whether a tile of `m` outputs has the slot.
 pub(super) const fn has_slot(axis: Axis, m: usize, slot: usize) -> bool {
     let (phase, point) = phase_and_point(axis, slot);

@@ -47,14 +47,9 @@ pub fn suits(isa: Isa, shape: &ConvShape) -> bool {
     few && shape.kw == TAPS && shape.stride[1] == AXIS.stride && !isa.has_tiles()
 }
 
-/// Slots whose products are summed at a position, one for each phase that has it.
-fn slots_at(position: usize) -> impl Iterator<Item = usize> + Clone {
-    (0..SLOTS).filter(move |&slot| position_of(AXIS, slot) == position)
-}
-
 /// Words of a channel at a position.
 fn words_at<W: Float>(position: usize) -> usize {
-    slots_at(position).count().div_ceil(W::PER_WORD)
+    slots_at(AXIS, position).count().div_ceil(W::PER_WORD)
 }
 
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
@@ -81,7 +76,7 @@ impl<W: Float> RowFilter<W> {
             let mut rows = out.chunks_exact_mut(width * W::PER_WORD);
             for position in 0..POSITIONS {
                 for (row, channel) in (0..kh).flat_map(|row| (0..c).map(move |channel| (row, channel))) {
-                    let mut slots = slots_at(position);
+                    let mut slots = slots_at(AXIS, position);
                     for out in rows.by_ref().take(words_at::<W>(position)) {
                         for (lane, slot) in slots.by_ref().take(W::PER_WORD).enumerate() {
                             let values = out[lane..].iter_mut().step_by(W::PER_WORD);

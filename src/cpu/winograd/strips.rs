@@ -229,7 +229,7 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
         for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
             for start in (0..words).step_by(WORDS) {
                 let words = start..words.min(start + WORDS);
-                for row in meet::<W, STRIDE>(i) {
+                for row in slots_at(axis::<W>(STRIDE), i) {
                     self.transform_filters(simd, value_of::<W>(STRIDE, row), words.clone(), columns, &mut filters);
                     for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
                         let at = Products { position: [i, j], row, words: words.clone(), columns };
@@ -249,12 +249,6 @@ struct Products {
     row: usize,
     words: Range<usize>,
     columns: usize,
-}
-
-/// The slots that meet at a position along an axis.
-fn meet<W: Float, const STRIDE: usize>(position: usize) -> impl Iterator<Item = usize> {
-    let axis = axis::<W>(STRIDE);
-    (0..slots(axis)).filter(move |&slot| position_of(axis, slot) == position)
 }
 
 impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
@@ -324,7 +318,7 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         let (depth, width) = (words.len() * W::PER_WORD, S::LANES * S::VECTORS);
         let panels = columns.div_ceil(width);
         let tiles = part.tiles_at([i, j]);
-        for slot in meet::<W, STRIDE>(j) {
+        for slot in slots_at(axis::<W>(STRIDE), j) {
             let filters =
                 &filters[value_of::<W>(STRIDE, slot) * spread(panels * depth * width)..][..panels * depth * width];
             // For each class, where the inputs begin, or zeros if it lacks one of the slots.
