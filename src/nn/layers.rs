@@ -188,6 +188,11 @@ impl ConvBn {
         !trained && !self.bn.takes_batch_statistics(training)
     }
 
+    /// Makes what [`ConvBn::forward`] uses where the layer is fixed, for activations of a type.
+    pub(super) fn prepare(&self, dtype: DType) -> Result<()> {
+        self.fused(dtype).map(drop)
+    }
+
     fn fused(&self, dtype: DType) -> Result<Arc<FusedConv2d>> {
         let bn = &self.bn;
         // Versions only grow, so that their sum changes whenever one does.

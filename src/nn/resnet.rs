@@ -7,6 +7,8 @@ use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
 use crate::tensor::{Device, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Width of the features that the head sees.
@@ -14,11 +16,11 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
-/// Pictures that go through frozen stages below layer3 together on the CPU: what the first layer gives for more does not stay in the
-/// last cache until it is pooled.
-const TOGETHER: usize = 4;
-/// The same from layer3 on, where activations are small, and filters large and transformed for each group.
-const TOGETHER_ABOVE: usize = 32;
+/// Pictures that go through frozen stages together on the CPU, so that many tiles share a transformed filter.
+const TOGETHER: usize = 32;
+/// The same below layer3, where activations take more memory. Below layer2 each picture goes alone, so that its activations stay in the last
+/// cache, and so that threads need not wait for one another.
+const TOGETHER_BELOW_LAYER3: usize = 16;
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -154,24 +156,52 @@ impl ResNet18 {
 
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        let split = Stage::Layer3.clamp(first, end);
-        let run = || self.stages(&self.stages(x, first, split, training)?, split, end, training);
+        let [below_layer2, below_layer3] = [Stage::Layer2, Stage::Layer3].map(|stage| stage.clamp(first, end));
+        let lowest = |x: &Tensor| self.run(x, first..below_layer2, training);
+        let lower = |x: &Tensor| {
+            let x = self.in_groups(x, first..below_layer2, 1, training, lowest)?;
+            self.run(&x, below_layer2..below_layer3, training)
+        };
+        let all = |x: &Tensor| {
+            let x = self.in_groups(x, first..below_layer3, TOGETHER_BELOW_LAYER3, training, lower)?;
+            self.run(&x, below_layer3..end, training)
+        };
+        let run = || self.in_groups(x, first..end, TOGETHER, training, all);
         if x.device() == Device::Cpu { on_a_worker(run) } else { run() }
     }
 
-    /// [`ResNet18::backbone`] for stages of which as many pictures go through together.
-    fn stages(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        let stages = Stage::ALL.into_iter().filter(|stage| (first..end).contains(stage));
-        let run = |x: &Tensor| stages.clone().try_fold(x.clone(), |x, stage| self.stage(stage, &x, training));
-        let fixed = || stages.clone().all(|stage| self.convolutions(stage).iter().all(|conv| conv.is_fixed(training)));
+    /// One stage after the other.
+    fn run(&self, x: &Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
+        of(stages).try_fold(x.clone(), |x, stage| self.stage(stage, &x, training))
+    }
+
+    /// `run` for so many pictures at a time where the stages are frozen, and all at once where they are not. Single pictures go at the
+    /// same time, each on its own thread.
+    fn in_groups(
+        &self,
+        x: &Tensor,
+        stages: Range<Stage>,
+        together: usize,
+        training: bool,
+        run: impl Fn(&Tensor) -> Result<Tensor> + Sync,
+    ) -> Result<Tensor> {
+        let convolutions = || of(stages.clone()).flat_map(|stage| self.convolutions(stage));
         let pictures = x.dims().first().copied().unwrap_or_default();
-        let together = if first < Stage::Layer3 { TOGETHER } else { TOGETHER_ABOVE };
-        if pictures <= together || x.device() != Device::Cpu || x.requires_grad() || !fixed() {
+        let whole = stages.is_empty() || pictures <= together || x.device() != Device::Cpu || x.requires_grad();
+        if whole || !convolutions().all(|conv| conv.is_fixed(training)) {
             return run(x);
         }
-        let starts = (0..pictures).step_by(together);
-        let parts = starts.map(|start| run(&x.rows(start..pictures.min(start + together))?));
-        Ok(Tensor::concatenate(&parts.collect::<Result<Vec<_>>>()?))
+        let group = |i: usize| run(&x.rows(i * together..pictures.min((i + 1) * together))?);
+        let groups = 0..pictures.div_ceil(together);
+        if together > 1 {
+            return Ok(Tensor::concatenate(&groups.map(group).collect::<Result<Vec<_>>>()?));
+        }
+        // A thread that waits for a part of its picture may begin another one: it must not meet a filter that it is packing itself.
+        convolutions().try_for_each(|conv| conv.prepare(x.dtype()))?;
+        let recording = autograd::is_enabled();
+        let pictures = groups.into_par_iter().with_max_len(1);
+        let pictures = pictures.map(|i| if recording { group(i) } else { autograd::no_grad(|| group(i)) });
+        Ok(Tensor::concatenate(&pictures.collect::<Result<Vec<_>>>()?))
     }
 
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.
@@ -305,6 +335,11 @@ impl ResNet18 {
             self.batch_norms(stage).for_each(|bn| bn.use_batch_statistics(batch(stage)));
         }
     }
+}
+
+/// The stages of a range, in order.
+fn of(stages: Range<Stage>) -> impl Iterator<Item = Stage> {
+    Stage::ALL.into_iter().filter(move |stage| stages.contains(stage))
 }
 
 /// Runs `body` on one of the threads that compute. Each operation would otherwise wake them and sleep itself, and with one picture

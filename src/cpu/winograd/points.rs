@@ -190,7 +190,7 @@ pub(super) const fn output_matrix<const N: usize>(axis: Axis, m: usize) -> [[f32
 
 #[cfg(test)]
 mod tests {
-    use super::super::transforms::axis;
+    use super::super::transforms::{axis, row_axis};
     use super::*;
     use half::bf16;
 
@@ -222,12 +222,13 @@ mod tests {
         check::<6>(axis::<bf16>(1));
         check::<9>(axis::<f32>(2));
         check::<9>(axis::<bf16>(2));
-        check::<13>(super::super::rows::AXIS);
+        check::<19>(row_axis::<f32>());
+        check::<13>(row_axis::<bf16>());
     }
 
     #[test]
     fn extents_of_tiles() {
-        let [one, two, wide, seven] = [axis::<bf16>(1), axis::<f32>(2), super::super::rows::AXIS, axis::<f32>(1)];
+        let [one, two, wide, seven] = [axis::<bf16>(1), axis::<f32>(2), row_axis::<bf16>(), axis::<f32>(1)];
         assert_eq!([slots(one), positions(one, 4), inputs(one, 4)], [6, 6, 6]);
         assert_eq!([slots(two), positions(two, 4), inputs(two, 4)], [9, 5, 9]);
         assert_eq!([slots(wide), positions(wide, 4), inputs(wide, 4)], [13, 7, 13]);

@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 /// Taps of a filter along an axis.
 pub(super) const TAPS: usize = 3;
 /// Slots along an axis, and inputs of a tile, at most.
-pub(super) const MAX: usize = 9;
+pub(super) const MAX: usize = 10;
 /// What a vector has at most.
 pub(super) const LANES: usize = 16;
 
@@ -33,9 +33,38 @@ pub(super) const fn axis<W: Float>(stride: usize) -> Axis {
     Axis { taps: TAPS, stride, outputs, points }
 }
 
-/// Runs `$body` with `$I` the constants 0 to 8: what a loop over them would compute at run time is then known to the compiler.
+/// Taps along the rows of [`super::rows`], and their phases.
+pub(super) const ROW_TAPS: usize = 7;
+pub(super) const PHASES: usize = 2;
+/// Slots of these at most.
+pub(super) const ROW_SLOTS: usize = 19;
+
+/// Seven outputs of a row in f32: sums lose 1.4e-6.
+const ROW_OF_SEVEN: [Point; 10] = [
+    None,
+    Some(0.375),
+    Some(-0.375),
+    Some(0.75),
+    Some(-0.75),
+    Some(1.25),
+    Some(-1.25),
+    Some(2.0),
+    Some(-2.0),
+    Some(0.0),
+];
+/// Four in bf16.
+const ROW_OF_FOUR: [Point; 7] = [Some(0.0), None, Some(1.0), Some(-1.0), Some(2.0), Some(-2.0), Some(0.5)];
+
+/// The filter of [`super::rows`] along a row, and its tiles where products are of type `W`.
+pub(super) const fn row_axis<W: Float>() -> Axis {
+    let (outputs, points): (usize, &'static [Point]) =
+        if W::PER_WORD == 1 { (7, &ROW_OF_SEVEN) } else { (4, &ROW_OF_FOUR) };
+    Axis { taps: ROW_TAPS, stride: PHASES, outputs, points }
+}
+
+/// Runs `$body` with `$I` the constants 0 to 9: what a loop over them would compute at run time is then known to the compiler.
 macro_rules! unrolled {
-    ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8) };
+    ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8 9) };
     (@ $I:ident $body:block $($i:literal)*) => {
         $({
             const $I: usize = $i;
@@ -138,6 +167,31 @@ transform!(
     FilterGradient<M>: M + TAPS - 1 => TAPS,
     transposed(&first_rows(Filter::<W, 1>::MATRIX, M + TAPS - 1)), from_points
 );
+
+transform!(
+    /// `B^T` of a phase of a whole tile along a row.
+    RowInput<PHASE>: phase_slots(row_axis::<W>(), PHASE) => phase_slots(row_axis::<W>(), PHASE),
+    phase_matrix(row_axis::<W>(), PHASE), to_points
+);
+transform!(
+    /// `A^T` of a whole tile along a row.
+    RowSums<>: positions(row_axis::<W>(), row_axis::<W>().outputs) => row_axis::<W>().outputs,
+    output_matrix(row_axis::<W>(), row_axis::<W>().outputs), from_points
+);
+
+/// What the slots of a phase of a whole tile take of its inputs.
+const fn phase_matrix(axis: Axis, phase: usize) -> Square {
+    let matrix = input_matrix::<ROW_SLOTS>(axis, axis.outputs);
+    let (mut out, mut i) = ([[0.0; MAX]; MAX], 0);
+    while i < phase_slots(axis, phase) * MAX {
+        let (slot, input) = (i / MAX, i % MAX);
+        if input < phase_slots(axis, phase) {
+            out[slot][input] = matrix[first_slot(axis, phase) + slot][axis.stride * input + phase];
+        }
+        i += 1;
+    }
+    out
+}
 
 /// Slots before and including the last that a tile of `m` outputs has.
 const fn slots_of<W: Float>(stride: usize, m: usize) -> usize {
