@@ -311,9 +311,12 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match winograd::wgrad::suits::<T>(isa, shape) {
-        true => winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter),
-        false => backward_filter_directly(isa, x, dy, shape, dfilter),
+    if winograd::rows::suits(isa, shape) {
+        winograd::rows_wgrad::backward_filter(isa, x, dy, shape, dfilter);
+    } else if winograd::wgrad::suits::<T>(isa, shape) {
+        winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
+    } else {
+        backward_filter_directly(isa, x, dy, shape, dfilter);
     }
 }
 

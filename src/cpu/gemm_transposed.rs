@@ -175,7 +175,7 @@ impl<T: Float> Task for Part<'_, T> {
                 if T::PER_WORD == 1 {
                     words.clear();
                     words.extend(pointers[..count].iter().map(|run| run.as_ptr().cast()));
-                    multiply_runs(simd, &words, run, &packed, first, out);
+                    multiply_runs(simd, &words, 0..run, &packed, first, out);
                     continue;
                 }
                 for begin in (0..run).step_by(PIECE) {
@@ -186,36 +186,37 @@ impl<T: Float> Task for Part<'_, T> {
                         T::interleave(&[&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]], target);
                         words.push(target.as_ptr().cast());
                     }
-                    multiply_runs(simd, &words, piece.len(), &packed, first, &mut out[begin * width..]);
+                    multiply_runs(simd, &words, 0..piece.len(), &packed, first, &mut out[begin * width..]);
                 }
             }
         }
     }
 }
 
-/// `out [run, width] (+)= sum over rows of run x b`. Each row of `runs` is `run` words, and as many rows of `b` are packed.
+/// `out [words, width] (+)= sum over rows of run x b`, for some words of the runs. As many rows of `b` are packed as there are runs.
 #[inline(always)]
 pub(super) fn multiply_runs<S: Simd, T: Float>(
     simd: S,
     runs: &[*const f32],
-    run: usize,
+    words: Range<usize>,
     b: &[T],
     first: bool,
     out: &mut [f32],
 ) {
     let width = S::LANES * S::VECTORS;
-    assert!(b.len() >= runs.len() * width * T::PER_WORD && out.len() >= run * width);
+    assert!(b.len() >= runs.len() * width * T::PER_WORD && out.len() >= words.len() * width);
     let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, kind: std::marker::PhantomData };
-    let mut channel = 0;
-    while channel < run {
-        let out = &mut out[channel * width..];
-        // SAFETY: runs are readable for `run` words, and the chosen tile ends within them; `b` and `out` have as many full
+    let mut channel = words.start;
+    while channel < words.end {
+        let out = &mut out[(channel - words.start) * width..];
+        // SAFETY: runs are readable for these words, and the chosen tile ends within them; `b` and `out` have as many full
         // rows as the tile reads and writes.
         channel += unsafe {
-            match run - channel {
+            match words.end - channel {
                 6.. => tile.compute::<S, 6>(simd, channel, out),
                 4.. => tile.compute::<S, 4>(simd, channel, out),
-                2.. => tile.compute::<S, 2>(simd, channel, out),
+                3 => tile.compute::<S, 3>(simd, channel, out),
+                2 => tile.compute::<S, 2>(simd, channel, out),
                 _ => tile.compute::<S, 1>(simd, channel, out),
             }
         };

@@ -15,6 +15,7 @@ mod few;
 mod parts;
 mod points;
 pub mod rows;
+pub mod rows_wgrad;
 pub mod strips;
 mod tiles;
 mod transforms;

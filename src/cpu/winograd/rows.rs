@@ -17,6 +17,7 @@ use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Rows of outputs that a task computes: everything in between stays in L2.
@@ -48,16 +49,16 @@ const fn planes<W: Float>() -> usize {
 }
 
 /// Planes of a position that products are taken of.
-fn planes_at<W: Float>(position: usize) -> usize {
+pub(super) fn planes_at<W: Float>(position: usize) -> usize {
     slots_at(row_axis::<W>(), position).count().div_ceil(W::PER_WORD)
 }
 
-const fn all_positions<W: Float>() -> usize {
+pub(super) const fn all_positions<W: Float>() -> usize {
     positions(row_axis::<W>(), row_axis::<W>().outputs)
 }
 
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
-fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
+pub(super) fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
     (0..position).map(|position| rows * planes_at::<W>(position) * c).sum()
 }
 
@@ -101,27 +102,20 @@ pub fn forward<T: Float, W: Float>(
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let oh = shape.output()[0];
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
-    let blocks = oh.div_ceil(ROWS);
     let out = Output::new(y);
-    (0..shape.n * blocks).into_par_iter().for_each(|task| {
-        let (image, block) = (task / blocks, task % blocks);
-        let rows = block * oh / blocks..(block + 1) * oh / blocks;
-        dispatch(filter.isa, Rows { x, filter, shape, epilogue, y: &out, image, rows });
+    (0..Seen::<T, W>::count(shape)).into_par_iter().for_each(|i| {
+        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out });
     });
 }
 
 /// Some rows of outputs of an image.
 struct Rows<'a, T, W> {
-    x: &'a [T],
+    seen: Seen<'a, T, W>,
     filter: &'a RowFilter<W>,
-    shape: &'a ConvShape,
     epilogue: Epilogue<'a, T>,
     y: &'a Output<T>,
-    image: usize,
-    rows: Range<usize>,
 }
 
 impl<T: Float, W: Float> Task for Rows<'_, T, W> {
@@ -129,14 +123,10 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let ConvShape { c, o, kh, stride, .. } = *self.shape;
-        let tiles = self.shape.output()[1].div_ceil(row_axis::<W>().outputs);
-        // Values of a plane, of a position and of a row of transformed inputs.
-        let plane = tiles.next_multiple_of(TILES) * MAX_CHANNELS * W::PER_WORD;
-        let position_len = planes::<W>() * plane;
-        let row_len = all_positions::<W>() * position_len;
-        let inputs = self.transform_inputs(simd, tiles, plane);
-        let (count, width) = (self.rows.len() * tiles, S::LANES * S::VECTORS);
+        let seen = &self.seen;
+        let ConvShape { c, o, kh, .. } = *seen.shape;
+        let inputs = seen.transform(simd);
+        let (count, width) = (seen.tiles(), S::LANES * S::VECTORS);
         let room = count.next_multiple_of(TILE_ROWS);
         // [position][tile][column]
         let mut sums = Scratch::<f32>::take(all_positions::<W>() * room * width);
@@ -145,14 +135,9 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
         let runs = [planes_at::<W>(0), planes_at::<W>(last)].map(|planes| {
             let mut runs = Vec::with_capacity(room / TILE_ROWS * kh * planes);
             for start in (0..count).step_by(TILE_ROWS) {
-                let first: [*const W; TILE_ROWS] = std::array::from_fn(|lane| {
-                    let tile = (start + lane).min(count - 1);
-                    let at = tile / tiles * stride[0] * row_len + tile % tiles * MAX_CHANNELS * W::PER_WORD;
-                    inputs[at..]
-                        [..(kh - 1) * row_len + last * position_len + (planes - 1) * plane + MAX_CHANNELS * W::PER_WORD]
-                        .as_ptr()
-                });
-                for at in (0..kh).flat_map(|row| (0..planes).map(move |i| row * row_len + i * plane)) {
+                let first: [_; TILE_ROWS] =
+                    std::array::from_fn(|lane| seen.tile(&inputs, (start + lane).min(count - 1)).as_ptr());
+                for at in (0..kh).flat_map(|row| (0..planes).map(move |plane| seen.offset([row, 0, plane]))) {
                     runs.push(first.map(|first| first.wrapping_add(at).cast::<f32>()));
                 }
             }
@@ -170,17 +155,17 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                 let groups = runs.chunks_exact(kh * planes).zip(sums.chunks_exact_mut(TILE_ROWS * width));
                 for (start, (runs, sums)) in (0..count).step_by(TILE_ROWS).zip(groups) {
                     let extents = [TILE_ROWS.min(count - start), columns];
-                    let first = position * position_len / W::PER_WORD;
+                    let first = seen.offset([0, position, 0]) / W::PER_WORD;
                     let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr()) };
-                    // SAFETY: runs lie within a plane of the last position and so of each, and `b` has as many rows as they have
-                    // words, as asserted; there is a full tile of sums.
+                    // SAFETY: a tile has its words at every place of every row, and `b` has as many rows as runs have words, as
+                    // asserted; there is a full tile of sums.
                     unsafe { tile.compute(simd) };
                 }
             }
             for tile in 0..count {
                 self.transform_outputs(
                     simd,
-                    [tile, tiles],
+                    tile,
                     panel * width..panel * width + columns,
                     &sums[tile * width..],
                     room * width,
@@ -190,14 +175,71 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
     }
 }
 
-impl<T: Float, W: Float> Rows<'_, T, W> {
-    /// The rows of the image that the outputs see: `[row][position][plane][tile][channel]`, in words, a plane of `plane` values.
+/// Some rows of outputs of an image, and what they see of it.
+pub(super) struct Seen<'a, T, W> {
+    x: &'a [T],
+    pub shape: &'a ConvShape,
+    image: usize,
+    rows: Range<usize>,
+    output: [usize; 2],
+    /// Tiles of a row of outputs.
+    across: usize,
+    products: PhantomData<W>,
+}
+
+impl<'a, T: Float, W: Float> Seen<'a, T, W> {
+    /// How many parts a convolution has.
+    pub fn count(shape: &ConvShape) -> usize {
+        shape.n * shape.output()[0].div_ceil(ROWS)
+    }
+
+    /// One of its parts.
+    pub fn new(x: &'a [T], shape: &'a ConvShape, i: usize) -> Self {
+        let output @ [oh, ow] = shape.output();
+        let blocks = oh.div_ceil(ROWS);
+        let (image, block) = (i / blocks, i % blocks);
+        let rows = block * oh / blocks..(block + 1) * oh / blocks;
+        let across = ow.div_ceil(row_axis::<W>().outputs);
+        Seen { x, shape, image, rows, output, across, products: PhantomData }
+    }
+
+    /// Tiles of all rows.
+    pub fn tiles(&self) -> usize {
+        self.rows.len() * self.across
+    }
+
+    /// The first output of a tile, of all images', and how many of the tile lie inside the image.
+    #[inline]
+    pub fn outputs(&self, tile: usize) -> (usize, usize) {
+        let ([oh, ow], whole) = (self.output, row_axis::<W>().outputs);
+        let (row, left) = (self.rows.start + tile / self.across, tile % self.across * whole);
+        ((self.image * oh + row) * ow + left, whole.min(ow - left))
+    }
+
+    /// Values to a row of transformed inputs, a position of it and a plane of that.
+    #[inline]
+    pub fn offset(&self, [row, position, plane]: [usize; 3]) -> usize {
+        let plane_len = self.across.next_multiple_of(TILES) * MAX_CHANNELS * W::PER_WORD;
+        ((row * all_positions::<W>() + position) * planes::<W>() + plane) * plane_len
+    }
+
+    /// What a tile sees: its words for the filter's first row at the first position and the first plane of it lie at the beginning, and for
+    /// others as far from there as [`Seen::offset`] says.
+    #[inline]
+    pub fn tile<'b>(&self, inputs: &'b [W], tile: usize) -> &'b [W] {
+        let (row, column) = (tile / self.across * self.shape.stride[0], tile % self.across);
+        let last = [self.shape.kh - 1, all_positions::<W>() - 1, planes::<W>() - 1];
+        let words = MAX_CHANNELS * W::PER_WORD;
+        &inputs[self.offset([row, 0, 0]) + column * words..][..self.offset(last) + words]
+    }
+
+    /// The rows of the image that the outputs see: `[row][position][plane][tile][channel]`, in words.
     #[inline(always)]
-    fn transform_inputs<S: Simd>(&self, simd: S, tiles: usize, plane: usize) -> Scratch<W> {
+    pub fn transform<S: Simd>(&self, simd: S) -> Scratch<W> {
         let ConvShape { h, w, c, kh, stride, padding, .. } = *self.shape;
-        let outputs = row_axis::<W>().outputs;
+        let outputs = const { row_axis::<W>().outputs };
         let rows = (self.rows.len() - 1) * stride[0] + kh;
-        let row_len = all_positions::<W>() * planes::<W>() * plane;
+        let (tiles, row_len, plane) = (self.across, self.offset([1, 0, 0]), self.offset([0, 0, 1]));
         let mut out = Scratch::<W>::take(rows * row_len);
         // The rows between zeros, and the pixels of one of them as a vector takes them: `[phase][pixel of a tile][tile][channel]`, where
         // inputs of a tile that follow its outputs are the next one's.
@@ -216,6 +258,7 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
             });
         }
         let mut pixels = Scratch::<f32>::take(PHASES * outputs * room * MAX_CHANNELS);
+        let pixels = &mut *pixels;
         for (padded, out) in padded.chunks_exact(padded_len).zip(out.chunks_exact_mut(row_len)) {
             for tile in 0..room {
                 let padded = &padded[tile * outputs * PHASES * c..][..outputs * PHASES * c + MAX_CHANNELS - c];
@@ -227,8 +270,8 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
             }
             for tile in (0..tiles).step_by(S::LANES / MAX_CHANNELS) {
                 let [first, second] = [
-                    self.transform_phase::<S, 0>(simd, &pixels, room, tile),
-                    self.transform_phase::<S, 1>(simd, &pixels, room, tile),
+                    self.transform_phase::<S, 0>(simd, pixels, room, tile),
+                    self.transform_phase::<S, 1>(simd, pixels, room, tile),
                 ];
                 let out = &mut out[tile * MAX_CHANNELS * W::PER_WORD..];
                 unrolled!(POSITION => {
@@ -265,20 +308,13 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
         });
         RowInput::<W, PHASE>::apply(simd, &values)
     }
+}
 
+impl<T: Float, W: Float> Rows<'_, T, W> {
     /// `A^T m` of a tile and some channels with the epilogue, to the outputs that lie inside the image.
     #[inline(always)]
-    fn transform_outputs<S: Simd>(
-        &self,
-        simd: S,
-        [tile, tiles]: [usize; 2],
-        channels: Range<usize>,
-        sums: &[f32],
-        stride: usize,
-    ) {
-        let ([oh, ow], o, whole) = (self.shape.output(), self.shape.o, row_axis::<W>().outputs);
-        let (row, left) = (self.rows.start + tile / tiles, tile % tiles * whole);
-        let first = ((self.image * oh + row) * ow + left) * o;
+    fn transform_outputs<S: Simd>(&self, simd: S, tile: usize, channels: Range<usize>, sums: &[f32], stride: usize) {
+        let (o, (first, count)) = (self.seen.shape.o, self.seen.outputs(tile));
         assert!(
             sums.len() >= (all_positions::<W>() - 1) * stride + channels.len()
                 && channels.len().is_multiple_of(S::LANES)
@@ -292,9 +328,9 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
             // SAFETY: a bias has as many values as there are columns.
             let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
             unrolled!(J => {
-                if const { J < row_axis::<W>().outputs } && left + J < ow {
+                if const { J < row_axis::<W>().outputs } && J < count {
                     // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), first + J * o + channel) };
+                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), (first + J) * o + channel) };
                 }
             });
         }

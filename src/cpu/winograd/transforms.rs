@@ -178,6 +178,11 @@ transform!(
     RowSums<>: positions(row_axis::<W>(), row_axis::<W>().outputs) => row_axis::<W>().outputs,
     output_matrix(row_axis::<W>(), row_axis::<W>().outputs), from_points
 );
+transform!(
+    /// `A`: the gradients of a whole tile's outputs along a row to the positions.
+    RowGradient<>: row_axis::<W>().outputs => positions(row_axis::<W>(), row_axis::<W>().outputs),
+    transposed(&RowSums::<W>::MATRIX), to_points
+);
 
 /// What the slots of a phase of a whole tile take of its inputs.
 const fn phase_matrix(axis: Axis, phase: usize) -> Square {

@@ -261,7 +261,7 @@ impl<W: Float> Task for Multiply<'_, W> {
             runs.clear();
             let rows = gradients.chunks_exact(o * W::PER_WORD);
             runs.extend(rows.map(|row| row[self.filters.start * W::PER_WORD..].as_ptr().cast()));
-            multiply_runs(simd, &runs, self.filters.len(), inputs, self.first && i == 0, self.sums);
+            multiply_runs(simd, &runs, 0..self.filters.len(), inputs, self.first && i == 0, self.sums);
         }
     }
 }

@@ -1,0 +1,144 @@
+//! Winograd's algorithm along rows for the gradient to the filter of the network's first layer.
+//!
+//! The transpose of [`super::rows`]: gradients of a tile's outputs are transformed to the positions (`A`), the inputs to the slots as there,
+//! and products at a slot, summed over all tiles, are transformed to the gradient of the taps (`G^T`). Products are f32: those of
+//! bf16 would be of tiles of four, and of as many tiles as words, for which they would have to be laid out again.
+
+use super::points::*;
+use super::rows::{Seen, all_positions, depth_before, planes_at};
+use super::transforms::*;
+use crate::cpu::conv::ConvShape;
+use crate::cpu::float::Float;
+use crate::cpu::gemm_transposed::{SLICE, multiply_runs};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Tasks at most; each has sums of its own, which are added in their order.
+const TASKS: usize = 32;
+
+/// Gradient to the filter, `[o, kh, 7, c]`, of a convolution that [`super::rows::suits`].
+pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
+    let ConvShape { c, o, kh, .. } = *shape;
+    shape.check(x.len(), dy.len());
+    assert_eq!(dfilter.len(), o * kh * ROW_TAPS * c);
+    let (parts, width) = (Seen::<T, f32>::count(shape), isa.tile_columns());
+    let parts_each = parts.div_ceil(TASKS).max(1);
+    // [panel][position][filter row][plane][channel][column]
+    let len = o.div_ceil(width) * depth_before::<f32>(all_positions::<f32>(), kh, c) * width;
+    let mut sums = Scratch::<f32>::take(len * parts.div_ceil(parts_each).max(1));
+    if parts == 0 {
+        sums.fill(0.0);
+    }
+    sums.par_chunks_exact_mut(len).enumerate().for_each(|(task, sums)| {
+        for i in (task * parts_each)..parts.min((task + 1) * parts_each) {
+            let first = i == task * parts_each;
+            dispatch(isa, Products { seen: Seen::new(x, shape, i), dy, first, sums });
+        }
+    });
+    let (sums, others) = sums.split_at_mut(len);
+    for others in others.chunks_exact(len) {
+        sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+    }
+    transform_sums(sums, shape, width, dfilter);
+}
+
+/// `G^T` of the sums at all slots.
+fn transform_sums(sums: &[f32], shape: &ConvShape, width: usize, dfilter: &mut [f32]) {
+    let ConvShape { c, o, kh, .. } = *shape;
+    let matrix = const { filter_matrix::<ROW_SLOTS>(row_axis::<f32>()) };
+    let depth = depth_before::<f32>(all_positions::<f32>(), kh, c);
+    dfilter.fill(0.0);
+    for position in 0..all_positions::<f32>() {
+        let (first, planes) = (depth_before::<f32>(position, kh, c), planes_at::<f32>(position));
+        for (plane, slot) in slots_at(row_axis::<f32>(), position).enumerate() {
+            for (row, channel) in (0..kh).flat_map(|row| (0..c).map(move |channel| (row, channel))) {
+                let at = first + (row * planes + plane) * c + channel;
+                for (column, taps) in dfilter.chunks_exact_mut(kh * ROW_TAPS * c).enumerate().take(o) {
+                    let sum = sums[(column / width * depth + at) * width + column % width];
+                    let taps = taps[row * ROW_TAPS * c + channel..].iter_mut().step_by(c);
+                    taps.zip(&matrix[slot]).take(ROW_TAPS).for_each(|(tap, factor)| *tap += factor * sum);
+                }
+            }
+        }
+    }
+}
+
+/// The products of some rows of outputs of an image.
+struct Products<'a, T> {
+    seen: Seen<'a, T, f32>,
+    dy: &'a [T],
+    /// Whether they are the first of their sums.
+    first: bool,
+    sums: &'a mut [f32],
+}
+
+impl<T: Float> Task for Products<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let ConvShape { c, o, kh, .. } = *self.seen.shape;
+        let (tiles, width) = (self.seen.tiles(), S::LANES * S::VECTORS);
+        let inputs = self.seen.transform(simd);
+        let runs: Vec<*const f32> = (0..tiles).map(|tile| self.seen.tile(&inputs, tile).as_ptr()).collect();
+        // [position][tile][column]
+        let mut gradients = Scratch::<f32>::take(all_positions::<f32>() * tiles * width);
+        let panel_len = depth_before::<f32>(all_positions::<f32>(), kh, c) * width;
+        for panel in 0..o.div_ceil(width) {
+            let columns = panel * width..o.min((panel + 1) * width);
+            if columns.len() < width {
+                gradients.fill(0.0);
+            }
+            for tile in 0..tiles {
+                self.transform_gradients(simd, tile, columns.clone(), &mut gradients[tile * width..], tiles * width);
+            }
+            let mut sums = self.sums[panel * panel_len..][..panel_len].chunks_exact_mut(c * width);
+            for (position, gradients) in gradients.chunks_exact(tiles * width).enumerate() {
+                let planes = planes_at::<f32>(position);
+                for (row, plane) in (0..kh).flat_map(|row| (0..planes).map(move |plane| (row, plane))) {
+                    let sums = sums.next().expect("as many as the filter has");
+                    let first = self.seen.offset([row, position, plane]);
+                    for (i, (runs, gradients)) in runs.chunks(SLICE).zip(gradients.chunks(SLICE * width)).enumerate() {
+                        multiply_runs(simd, runs, first..first + c, gradients, self.first && i == 0, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<T: Float> Products<'_, T> {
+    /// `A d` of some channels of a tile; outputs beyond the image have no gradient. Positions are `stride` values apart.
+    #[inline(always)]
+    fn transform_gradients<S: Simd>(
+        &self,
+        simd: S,
+        tile: usize,
+        channels: Range<usize>,
+        to: &mut [f32],
+        stride: usize,
+    ) {
+        let (o, (first, count)) = (self.seen.shape.o, self.seen.outputs(tile));
+        assert!(to.len() >= (all_positions::<f32>() - 1) * stride + channels.len());
+        assert!(channels.len().is_multiple_of(S::LANES) && self.dy.len() >= (first + count) * o);
+        for (i, channel) in channels.step_by(S::LANES).enumerate() {
+            let values = vectors!(simd, RowGradient::<f32>::VALUES, J => {
+                if J < count {
+                    // SAFETY: an output of the image has a gradient, as asserted, and so a vector of these channels.
+                    unsafe { T::load(simd, self.dy.as_ptr().add((first + J) * o + channel)) }
+                } else {
+                    simd.splat(0.0)
+                }
+            });
+            let vectors = RowGradient::<f32>::apply(simd, &values);
+            unrolled!(POSITION => {
+                if const { POSITION < all_positions::<f32>() } {
+                    // SAFETY: as asserted.
+                    unsafe { simd.store(to.as_mut_ptr().add(POSITION * stride + i * S::LANES), vectors[POSITION]) };
+                }
+            });
+        }
+    }
+}
