@@ -249,7 +249,9 @@ fn depth_blocks(taps: usize, run: usize) -> Vec<DepthBlock> {
             .flat_map(|tap| words.clone().map(move |words| DepthBlock { taps: tap..tap + 1, words }))
             .collect();
     }
-    let together = (DEPTH / run.max(1)).max(1);
+    // Blocks of about the same depth: a shallow one would pass sums through memory for a few products.
+    let most = (DEPTH / run.max(1)).max(1);
+    let together = taps.div_ceil(taps.div_ceil(most).max(1)).max(1);
     (0..taps).step_by(together).map(|tap| DepthBlock { taps: tap..taps.min(tap + together), words: 0..run }).collect()
 }
 

@@ -55,19 +55,14 @@ pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
     y.par_chunks_mut(ow * c).enumerate().for_each(|(row, y)| {
         let (n, oy) = (row / oh, row % oh);
         // First along the columns of a window's rows, whole rows at a time.
-        let mut rows = Scratch::<f32>::take(shape.w * c);
-        rows.fill(f32::NEG_INFINITY);
-        for (_, iy) in shape.covered(oy, shape.h) {
-            T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| take_greater(x, &mut rows));
+        let mut greatest = Scratch::<f32>::take(shape.w * c);
+        for (i, (_, iy)) in shape.covered(oy, shape.h).enumerate() {
+            T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| match i {
+                0 => greatest.copy_from_slice(x),
+                _ => take_greater(x, &mut greatest),
+            });
         }
-        T::write(y, |y| {
-            y.fill(f32::NEG_INFINITY);
-            for (ox, y) in y.chunks_exact_mut(c).enumerate() {
-                for (_, ix) in shape.covered(ox, shape.w) {
-                    take_greater(&rows[ix * c..][..c], y);
-                }
-            }
-        });
+        T::write(y, |y| take_greatest_of_windows(&greatest, shape, y));
     });
 }
 
@@ -132,10 +127,30 @@ pub fn global_average_backward<T: Float>(dy: &[f32], pixels: usize, c: usize, dx
     });
 }
 
+/// The greater, or NaN if there is one.
+#[inline(always)]
+fn greater(x: f32, y: f32) -> f32 {
+    if x > y || x.is_nan() { x } else { y }
+}
+
 vectorised! {
     fn take_greater(x: &[f32], y: &mut [f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
-            *y = if x > *y || x.is_nan() { x } else { *y };
+            *y = greater(x, *y);
+        }
+    }
+
+    /// Of the pixels of a row that each window covers.
+    fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
+        let c = shape.c;
+        for (window, y) in y.chunks_exact_mut(c).enumerate() {
+            for (i, (_, ix)) in shape.covered(window, shape.w).enumerate() {
+                let pixel = &pixels[ix * c..][..c];
+                match i {
+                    0 => y.copy_from_slice(pixel),
+                    _ => y.iter_mut().zip(pixel).for_each(|(y, &x)| *y = greater(x, *y)),
+                }
+            }
         }
     }
 
