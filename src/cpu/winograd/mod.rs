@@ -1,4 +1,5 @@
-//! Winograd's convolution: a 3x3 filter of stride one at a fifth of the multiplications, others at about half.
+//! Winograd's convolution: a 3x3 filter of stride one at a fifth of the multiplications, with a stride about half, the network's first
+//! layer two fifths.
 //!
 //! Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016. In F(7x7, 3x3) a tile of 7x7 outputs needs 9x9
 //! inputs `d` and is `A^T [(G g G^T) * (B^T d B)] A`, where `*` is elementwise: 81 products instead of 441. Summed over channels,
