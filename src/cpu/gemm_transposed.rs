@@ -78,8 +78,16 @@ pub fn multiply_transposed<T: Float>(
     reduce(&partial, parts, depth, columns, width, c, order);
 }
 
-/// Adds the parts in order and stores the sums.
-fn reduce(partial: &[f32], parts: usize, depth: usize, columns: usize, width: usize, c: &mut [f32], order: Order) {
+/// Adds the parts, `[part][panel][depth][width]`, in order and stores the sums.
+pub(super) fn reduce(
+    partial: &[f32],
+    parts: usize,
+    depth: usize,
+    columns: usize,
+    width: usize,
+    c: &mut [f32],
+    order: Order,
+) {
     let panels = columns.div_ceil(width);
     let sum = |panel: usize, k: usize, out: &mut [f32]| {
         let at =

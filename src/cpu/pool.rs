@@ -127,17 +127,17 @@ pub fn global_average_backward<T: Float>(dy: &[f32], pixels: usize, c: usize, dx
     });
 }
 
-/// The greater, or NaN if there is one.
+/// Takes the greater of each two, or NaN if there is one, within a function that is vectorised.
 #[inline(always)]
-fn greater(x: f32, y: f32) -> f32 {
-    if x > y || x.is_nan() { x } else { y }
+fn take_each_greater(x: &[f32], y: &mut [f32]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = if x > *y || x.is_nan() { x } else { *y };
+    }
 }
 
 vectorised! {
     fn take_greater(x: &[f32], y: &mut [f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = greater(x, *y);
-        }
+        take_each_greater(x, y);
     }
 
     /// Of the pixels of a row that each window covers.
@@ -148,7 +148,7 @@ vectorised! {
                 let pixel = &pixels[ix * c..][..c];
                 match i {
                     0 => y.copy_from_slice(pixel),
-                    _ => y.iter_mut().zip(pixel).for_each(|(y, &x)| *y = greater(x, *y)),
+                    _ => take_each_greater(pixel, y),
                 }
             }
         }

@@ -16,11 +16,10 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
-/// Pictures that go through frozen stages together on the CPU, so that many tiles share a transformed filter.
-const TOGETHER: usize = 32;
-/// The same below layer3, where activations take more memory. Below layer2 each picture goes alone, so that its activations stay in the last
-/// cache, and so that threads need not wait for one another.
-const TOGETHER_BELOW_LAYER3: usize = 16;
+/// Pictures that go through frozen stages together on the CPU, by the lowest of these stages: many, so that many tiles share a transformed
+/// filter; fewer where activations take more memory. Below layer2 each picture goes alone, so that its activations stay in the last cache, and so
+/// that threads need not wait for one another.
+const TOGETHER: [(Stage, usize); 3] = [(Stage::Layer3, 32), (Stage::Layer2, 16), (Stage::Stem, 1)];
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -156,35 +155,19 @@ impl ResNet18 {
 
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        let [below_layer2, below_layer3] = [Stage::Layer2, Stage::Layer3].map(|stage| stage.clamp(first, end));
-        let lowest = |x: &Tensor| self.run(x, first..below_layer2, training);
-        let lower = |x: &Tensor| {
-            let x = self.in_groups(x, first..below_layer2, 1, training, lowest)?;
-            self.run(&x, below_layer2..below_layer3, training)
-        };
-        let all = |x: &Tensor| {
-            let x = self.in_groups(x, first..below_layer3, TOGETHER_BELOW_LAYER3, training, lower)?;
-            self.run(&x, below_layer3..end, training)
-        };
-        let run = || self.in_groups(x, first..end, TOGETHER, training, all);
+        let run = || self.in_groups(x, first..end, training, &TOGETHER);
         if x.device() == Device::Cpu { on_a_worker(run) } else { run() }
     }
 
-    /// One stage after the other.
-    fn run(&self, x: &Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
-        of(stages).try_fold(x.clone(), |x, stage| self.stage(stage, &x, training))
-    }
-
-    /// `run` for so many pictures at a time where the stages are frozen, and all at once where they are not. Single pictures go at the
-    /// same time, each on its own thread.
-    fn in_groups(
-        &self,
-        x: &Tensor,
-        stages: Range<Stage>,
-        together: usize,
-        training: bool,
-        run: impl Fn(&Tensor) -> Result<Tensor> + Sync,
-    ) -> Result<Tensor> {
+    /// Some stages, for as many pictures at a time as the first of `levels` says where all of them are frozen, and for all at once where not;
+    /// those below its stage in the same way by the other levels. Single pictures go at the same time, each on its own thread.
+    fn in_groups(&self, x: &Tensor, stages: Range<Stage>, training: bool, levels: &[(Stage, usize)]) -> Result<Tensor> {
+        let [(from, together), lower @ ..] = levels else { return Ok(x.clone()) };
+        let (split, together) = ((*from).clamp(stages.start, stages.end), *together);
+        let run = |x: &Tensor| {
+            let x = self.in_groups(x, stages.start..split, training, lower)?;
+            of(split..stages.end).try_fold(x, |x, stage| self.stage(stage, &x, training))
+        };
         let convolutions = || of(stages.clone()).flat_map(|stage| self.convolutions(stage));
         let pictures = x.dims().first().copied().unwrap_or_default();
         let whole = stages.is_empty() || pictures <= together || x.device() != Device::Cpu || x.requires_grad();
@@ -199,8 +182,7 @@ impl ResNet18 {
         // A thread that waits for a part of its picture may begin another one: it must not meet a filter that it is packing itself.
         convolutions().try_for_each(|conv| conv.prepare(x.dtype()))?;
         let recording = autograd::is_enabled();
-        let pictures = groups.into_par_iter().with_max_len(1);
-        let pictures = pictures.map(|i| if recording { group(i) } else { autograd::no_grad(|| group(i)) });
+        let pictures = groups.into_par_iter().with_max_len(1).map(|i| recording_if(recording, || group(i)));
         Ok(Tensor::concatenate(&pictures.collect::<Result<Vec<_>>>()?))
     }
 
@@ -346,7 +328,12 @@ fn of(stages: Range<Stage>) -> impl Iterator<Item = Stage> {
 /// that takes a good part of the time.
 fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     let recording = autograd::is_enabled();
-    rayon::scope(|_| if recording { body() } else { autograd::no_grad(body) })
+    rayon::scope(|_| recording_if(recording, body))
+}
+
+/// Runs `body` on a thread that may be another than the caller's, which says whether it is recorded.
+fn recording_if<R>(recording: bool, body: impl FnOnce() -> R) -> R {
+    if recording { body() } else { autograd::no_grad(body) }
 }
 
 fn check_images(images: &Tensor) -> Result<()> {

@@ -53,10 +53,6 @@ pub(super) fn planes_at<W: Float>(position: usize) -> usize {
     slots_at(row_axis::<W>(), position).count().div_ceil(W::PER_WORD)
 }
 
-pub(super) const fn all_positions<W: Float>() -> usize {
-    positions(row_axis::<W>(), row_axis::<W>().outputs)
-}
-
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
 pub(super) fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
     (0..position).map(|position| rows * planes_at::<W>(position) * c).sum()

@@ -5,11 +5,11 @@
 //! bf16 would be of tiles of four, and of as many tiles as words, for which they would have to be laid out again.
 
 use super::points::*;
-use super::rows::{Seen, all_positions, depth_before, planes_at};
+use super::rows::{Seen, depth_before, planes_at};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm_transposed::{SLICE, multiply_runs};
+use crate::cpu::gemm_transposed::{Order, SLICE, multiply_runs, reduce};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -25,9 +25,10 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
     assert_eq!(dfilter.len(), o * kh * ROW_TAPS * c);
     let (parts, width) = (Seen::<T, f32>::count(shape), isa.tile_columns());
     let parts_each = parts.div_ceil(TASKS).max(1);
-    // [panel][position][filter row][plane][channel][column]
-    let len = o.div_ceil(width) * depth_before::<f32>(all_positions::<f32>(), kh, c) * width;
-    let mut sums = Scratch::<f32>::take(len * parts.div_ceil(parts_each).max(1));
+    let (tasks, depth) = (parts.div_ceil(parts_each).max(1), depth_before::<f32>(all_positions::<f32>(), kh, c));
+    // [task][panel][position][filter row][plane][channel][column]
+    let len = o.div_ceil(width) * depth * width;
+    let mut sums = Scratch::<f32>::take(tasks * len);
     if parts == 0 {
         sums.fill(0.0);
     }
@@ -37,26 +38,23 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
             dispatch(isa, Products { seen: Seen::new(x, shape, i), dy, first, sums });
         }
     });
-    let (sums, others) = sums.split_at_mut(len);
-    for others in others.chunks_exact(len) {
-        sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
-    }
-    transform_sums(sums, shape, width, dfilter);
+    let mut total = Scratch::<f32>::take(depth * o);
+    reduce(&sums, tasks, depth, o, width, &mut total, Order::RowMajor);
+    transform_sums(&total, shape, dfilter);
 }
 
-/// `G^T` of the sums at all slots.
-fn transform_sums(sums: &[f32], shape: &ConvShape, width: usize, dfilter: &mut [f32]) {
+/// `G^T` of the sums at all slots, `[position][filter row][plane][channel][o]`.
+fn transform_sums(sums: &[f32], shape: &ConvShape, dfilter: &mut [f32]) {
     let ConvShape { c, o, kh, .. } = *shape;
     let matrix = const { filter_matrix::<ROW_SLOTS>(row_axis::<f32>()) };
-    let depth = depth_before::<f32>(all_positions::<f32>(), kh, c);
+    let mut sums = sums.chunks_exact(c * o);
     dfilter.fill(0.0);
     for position in 0..all_positions::<f32>() {
-        let (first, planes) = (depth_before::<f32>(position, kh, c), planes_at::<f32>(position));
-        for (plane, slot) in slots_at(row_axis::<f32>(), position).enumerate() {
-            for (row, channel) in (0..kh).flat_map(|row| (0..c).map(move |channel| (row, channel))) {
-                let at = first + (row * planes + plane) * c + channel;
-                for (column, taps) in dfilter.chunks_exact_mut(kh * ROW_TAPS * c).enumerate().take(o) {
-                    let sum = sums[(column / width * depth + at) * width + column % width];
+        let slots = slots_at(row_axis::<f32>(), position);
+        for (row, slot) in (0..kh).flat_map(|row| slots.clone().map(move |slot| (row, slot))) {
+            let sums = sums.next().expect("as many as the filter has");
+            for (channel, sums) in sums.chunks_exact(o).enumerate() {
+                for (sum, taps) in sums.iter().zip(dfilter.chunks_exact_mut(kh * ROW_TAPS * c)) {
                     let taps = taps[row * ROW_TAPS * c + channel..].iter_mut().step_by(c);
                     taps.zip(&matrix[slot]).take(ROW_TAPS).for_each(|(tap, factor)| *tap += factor * sum);
                 }

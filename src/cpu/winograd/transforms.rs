@@ -62,6 +62,11 @@ pub(super) const fn row_axis<W: Float>() -> Axis {
     Axis { taps: ROW_TAPS, stride: PHASES, outputs, points }
 }
 
+/// Positions of a whole tile along a row.
+pub(super) const fn all_positions<W: Float>() -> usize {
+    positions(row_axis::<W>(), row_axis::<W>().outputs)
+}
+
 /// Runs `$body` with `$I` the constants 0 to 9: what a loop over them would compute at run time is then known to the compiler.
 macro_rules! unrolled {
     ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8 9) };
@@ -175,12 +180,12 @@ transform!(
 );
 transform!(
     /// `A^T` of a whole tile along a row.
-    RowSums<>: positions(row_axis::<W>(), row_axis::<W>().outputs) => row_axis::<W>().outputs,
+    RowSums<>: all_positions::<W>() => row_axis::<W>().outputs,
     output_matrix(row_axis::<W>(), row_axis::<W>().outputs), from_points
 );
 transform!(
     /// `A`: the gradients of a whole tile's outputs along a row to the positions.
-    RowGradient<>: row_axis::<W>().outputs => positions(row_axis::<W>(), row_axis::<W>().outputs),
+    RowGradient<>: row_axis::<W>().outputs => all_positions::<W>(),
     transposed(&RowSums::<W>::MATRIX), to_points
 );
 
