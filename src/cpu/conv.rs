@@ -6,6 +6,7 @@ use super::gemm::{Epilogue, PackedB, multiply};
 pub use super::gemm_tiles::Splitting;
 use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
+use super::pool::{PoolShape, max_pool};
 use super::simd::Isa;
 use super::winograd::{self, Algorithm, Winograd};
 use crate::tensor::pool::Scratch;
@@ -206,6 +207,30 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
                 multiply(*isa, x, &shape.patches(shape.c), filter, y, epilogue);
             }
         }),
+    }
+}
+
+/// The max pooling of what [`forward`] gives, `pooling` of its extents, to `y`. The first layer's is pooled as it is computed.
+pub fn forward_max_pool<T: Float>(
+    x: &[T],
+    filter: &PackedFilter<T>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    pooling: &PoolShape,
+    y: &mut [T],
+) {
+    match filter {
+        PackedFilter::Winograd(Winograd::Rows(filter)) => {
+            winograd::rows::forward_max_pool(x, filter, shape, epilogue, pooling, y)
+        }
+        PackedFilter::WinogradWide(Winograd::Rows(filter)) => {
+            winograd::rows::forward_max_pool(x, filter, shape, epilogue, pooling, y)
+        }
+        _ => {
+            let mut whole = Scratch::take(pooling.n * pooling.h * pooling.w * pooling.c);
+            forward(x, filter, shape, epilogue, &mut whole);
+            max_pool(&whole, pooling, y);
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use super::float::Float;
 use super::simd::vectorised;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Extents of a max pooling; padding is never the maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +41,12 @@ impl PoolShape {
             .filter(move |&(_, p)| p < extent)
     }
 
+    /// Input rows that a row of windows covers.
+    pub(super) fn rows(&self, row: usize) -> Range<usize> {
+        let first = row * self.stride;
+        first.saturating_sub(self.padding)..(first + self.kernel - self.padding).min(self.h)
+    }
+
     /// Windows along one axis that cover input coordinate `p`, with its place in each.
     fn covering(&self, p: usize, windows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (kernel, stride, position) = (self.kernel, self.stride, p + self.padding);
@@ -51,19 +58,24 @@ impl PoolShape {
 
 /// Maxima of windows. NaN is greater than any number, as in PyTorch.
 pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
-    let ([oh, ow], c) = (shape.output(), shape.c);
-    y.par_chunks_mut(ow * c).enumerate().for_each(|(row, y)| {
-        let (n, oy) = (row / oh, row % oh);
-        // First along the columns of a window's rows, whole rows at a time.
-        let mut greatest = Scratch::<f32>::take(shape.w * c);
-        for (i, (_, iy)) in shape.covered(oy, shape.h).enumerate() {
-            T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| match i {
-                0 => greatest.copy_from_slice(x),
-                _ => take_greater(x, &mut greatest),
-            });
-        }
-        T::write(y, |y| take_greatest_of_windows(&greatest, shape, y));
+    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
+    y.par_chunks_mut(ow * shape.c).enumerate().for_each(|(row, y)| {
+        let image = &x[row / oh * shape.h * row_len..][..shape.h * row_len];
+        max_pool_row(&image[shape.rows(row % oh).start * row_len..], shape, row % oh, y);
     });
+}
+
+/// A row of [`max_pool`] from the rows of an image that it covers, the first of which `x` begins with.
+pub(super) fn max_pool_row<T: Float>(x: &[T], shape: &PoolShape, row: usize, y: &mut [T]) {
+    // First along the columns of a window's rows, whole rows at a time.
+    let mut greatest = Scratch::<f32>::take(shape.w * shape.c);
+    for (i, x) in x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len()).enumerate() {
+        T::read(x, |x| match i {
+            0 => greatest.copy_from_slice(x),
+            _ => take_greater(x, &mut greatest),
+        });
+    }
+    T::write(y, |y| take_greatest_of_windows(&greatest, shape, y));
 }
 
 /// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is

@@ -221,6 +221,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `p`, which may be anywhere, to be brought into L2.
     #[inline(always)]
     fn prefetch(self, _p: *const f32) {}
+    /// The same, for what is used once: into L1 alone, so that it takes no other cache's room.
+    #[inline(always)]
+    fn prefetch_once(self, _p: *const f32) {}
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
     fn relu(self, v: Self::V) -> Self::V;
 }

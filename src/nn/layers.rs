@@ -6,7 +6,7 @@ use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::Result;
 use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, Statistics};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -20,6 +20,7 @@ pub struct Linear {
     pub weight: Arc<Parameter>,
     /// `[out]`.
     pub bias: Arc<Parameter>,
+    packed: Made<ops::PackedLinear>,
 }
 
 impl Linear {
@@ -31,13 +32,55 @@ impl Linear {
             let value = init::uniform(shape, bound, seed, &name);
             Arc::new(Parameter::new(name, value))
         };
-        Linear { weight: uniform("weight", &[outputs, inputs]), bias: uniform("bias", &[outputs]) }
+        Linear {
+            weight: uniform("weight", &[outputs, inputs]),
+            bias: uniform("bias", &[outputs]),
+            packed: Made::default(),
+        }
     }
 
     /// `[N, in]` to `[N, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight.tensor(), Some(&self.bias.tensor()))
+        let (weight, bias) = (self.weight.tensor(), self.bias.tensor());
+        let trained = autograd::is_enabled() && (weight.requires_grad() || bias.requires_grad());
+        if trained || x.requires_grad() || x.device() != Device::Cpu {
+            return ops::linear(x, &weight, Some(&bias));
+        }
+        let made_from = (version(&[&self.weight, &self.bias]), DType::F32);
+        ops::packed_linear(x, &*self.packed.get(made_from, || ops::PackedLinear::new(&weight, &bias))?)
     }
+}
+
+/// What has been made of parameters, and from what.
+struct Made<K>(Mutex<Option<(Origin, Arc<K>)>>);
+
+/// The parameters' [`version`], and the type of activations.
+type Origin = (u64, DType);
+
+impl<K> Default for Made<K> {
+    fn default() -> Self {
+        Made(Mutex::new(None))
+    }
+}
+
+impl<K> Made<K> {
+    /// It, made again if it was made from something else.
+    fn get(&self, from: Origin, make: impl FnOnce() -> Result<K>) -> Result<Arc<K>> {
+        let mut made = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match &*made {
+            Some((made_from, kernel)) if *made_from == from => Ok(kernel.clone()),
+            _ => {
+                let kernel = Arc::new(make()?);
+                *made = Some((from, kernel.clone()));
+                Ok(kernel)
+            }
+        }
+    }
+}
+
+/// Changes whenever a parameter does: versions only grow, and so does their sum.
+fn version(parameters: &[&Parameter]) -> u64 {
+    parameters.iter().map(|p| p.version()).sum()
 }
 
 /// Batch normalisation with running statistics.
@@ -134,8 +177,8 @@ pub struct ConvBn {
     /// The norm after it.
     pub bn: BatchNorm2d,
     params: Conv2dParams,
-    /// The two folded into one kernel, and the versions it was made from.
-    fused: Mutex<Option<(u64, Arc<FusedConv2d>)>>,
+    /// The two folded into one.
+    fused: Made<FusedConv2d>,
 }
 
 impl ConvBn {
@@ -152,7 +195,7 @@ impl ConvBn {
             weight: Arc::new(Parameter::new(name, weight)),
             bn: BatchNorm2d::new(bn.to_string(), shape[0]),
             params,
-            fused: Mutex::new(None),
+            fused: Made::default(),
         }
     }
 
@@ -182,6 +225,16 @@ impl ConvBn {
         self.bn.forward(&y, taken, residual, relu, training)
     }
 
+    /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel; `pooling` is the windows' extent, stride and
+    /// padding.
+    pub fn forward_max_pool(&self, x: &Tensor, pooling: [usize; 3], training: bool) -> Result<Tensor> {
+        if !x.requires_grad() && self.is_fixed(training) {
+            return ops::fused_conv2d_max_pool(x, &*self.fused(x.dtype())?, true, pooling);
+        }
+        let [kernel, stride, padding] = pooling;
+        ops::max_pool2d(&self.forward(x, None, true, training)?, kernel, stride, padding)
+    }
+
     /// Whether it is the same map for every picture, and nothing of it is trained.
     pub(super) fn is_fixed(&self, training: bool) -> bool {
         let trained = autograd::is_enabled() && self.parameters().iter().any(|p| p.is_trainable());
@@ -195,18 +248,10 @@ impl ConvBn {
 
     fn fused(&self, dtype: DType) -> Result<Arc<FusedConv2d>> {
         let bn = &self.bn;
-        // Versions only grow, so that their sum changes whenever one does.
-        let sources = [&self.weight, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var];
-        let version = sources.iter().map(|p| p.version()).sum();
-        let mut cache = self.fused.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match &*cache {
-            Some((made_from, fused)) if *made_from == version && fused.dtype() == dtype => Ok(fused.clone()),
-            _ => {
-                let (scale, shift) = bn.scale_and_shift()?;
-                let fused = Arc::new(FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params, dtype)?);
-                *cache = Some((version, fused.clone()));
-                Ok(fused)
-            }
-        }
+        let version = version(&[&self.weight, &bn.weight, &bn.bias, &bn.running_mean, &bn.running_var]);
+        self.fused.get((version, dtype), || {
+            let (scale, shift) = bn.scale_and_shift()?;
+            FusedConv2d::new(&self.weight.tensor(), &scale, &shift, self.params, dtype)
+        })
     }
 }

@@ -129,7 +129,7 @@ impl ResNet18 {
         match stage {
             Stage::Stem => {
                 check_images(x)?;
-                ops::max_pool2d(&self.stem.forward(x, None, true, training)?, 3, 2, 1)
+                self.stem.forward_max_pool(x, [3, 2, 1], training)
             }
             Stage::Layer1 => layer(0),
             Stage::Layer2 => layer(1),
@@ -155,35 +155,44 @@ impl ResNet18 {
 
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        let run = || self.in_groups(x, first..end, training, &TOGETHER);
+        let run = || self.in_groups(x, 0..pictures_of(x), first..end, training, &TOGETHER);
         if x.device() == Device::Cpu { on_a_worker(run) } else { run() }
     }
 
-    /// Some stages, for as many pictures at a time as the first of `levels` says where all of them are frozen, and for all at once where not;
-    /// those below its stage in the same way by the other levels. Single pictures go at the same time, each on its own thread.
-    fn in_groups(&self, x: &Tensor, stages: Range<Stage>, training: bool, levels: &[(Stage, usize)]) -> Result<Tensor> {
-        let [(from, together), lower @ ..] = levels else { return Ok(x.clone()) };
+    /// Some stages of some pictures of `x`, for as many of them at a time as the first of `levels` says where all stages are frozen, and for all
+    /// at once where not; those below its stage in the same way by the other levels. Single pictures go at the same time, each on its own
+    /// thread.
+    fn in_groups(
+        &self,
+        x: &Tensor,
+        pictures: Range<usize>,
+        stages: Range<Stage>,
+        training: bool,
+        levels: &[(Stage, usize)],
+    ) -> Result<Tensor> {
+        let [(from, together), lower @ ..] = levels else {
+            return if pictures.len() == pictures_of(x) { Ok(x.clone()) } else { x.rows(pictures) };
+        };
         let (split, together) = ((*from).clamp(stages.start, stages.end), *together);
-        let run = |x: &Tensor| {
-            let x = self.in_groups(x, stages.start..split, training, lower)?;
+        let run = |pictures: Range<usize>| {
+            let x = self.in_groups(x, pictures, stages.start..split, training, lower)?;
             of(split..stages.end).try_fold(x, |x, stage| self.stage(stage, &x, training))
         };
         let convolutions = || of(stages.clone()).flat_map(|stage| self.convolutions(stage));
-        let pictures = x.dims().first().copied().unwrap_or_default();
-        let whole = stages.is_empty() || pictures <= together || x.device() != Device::Cpu || x.requires_grad();
+        let whole = stages.is_empty() || pictures.len() <= together || x.device() != Device::Cpu || x.requires_grad();
         if whole || !convolutions().all(|conv| conv.is_fixed(training)) {
-            return run(x);
+            return run(pictures);
         }
-        let group = |i: usize| run(&x.rows(i * together..pictures.min((i + 1) * together))?);
-        let groups = 0..pictures.div_ceil(together);
         if together > 1 {
-            return Ok(Tensor::concatenate(&groups.map(group).collect::<Result<Vec<_>>>()?));
+            let group = |start: usize| run(start..pictures.end.min(start + together));
+            let starts = pictures.clone().step_by(together);
+            return Ok(Tensor::concatenate(&starts.map(group).collect::<Result<Vec<_>>>()?));
         }
         // A thread that waits for a part of its picture may begin another one: it must not meet a filter that it is packing itself.
         convolutions().try_for_each(|conv| conv.prepare(x.dtype()))?;
         let recording = autograd::is_enabled();
-        let pictures = groups.into_par_iter().with_max_len(1).map(|i| recording_if(recording, || group(i)));
-        Ok(Tensor::concatenate(&pictures.collect::<Result<Vec<_>>>()?))
+        let results = pictures.into_par_iter().with_max_len(1).map(|i| recording_if(recording, || run(i..i + 1)));
+        Ok(Tensor::concatenate(&results.collect::<Result<Vec<_>>>()?))
     }
 
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.
@@ -329,6 +338,11 @@ fn of(stages: Range<Stage>) -> impl Iterator<Item = Stage> {
 fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     let recording = autograd::is_enabled();
     rayon::scope(|_| recording_if(recording, body))
+}
+
+/// Pictures of a batch.
+fn pictures_of(x: &Tensor) -> usize {
+    x.dims().first().copied().unwrap_or_default()
 }
 
 /// Runs `body` on a thread that may be another than the caller's, which says whether it is recorded.

@@ -3,6 +3,7 @@
 //! With stored statistics, batch norm is an affine map of each channel, which folds into the filter before it:
 //! `w' = w * gamma / sqrt(var + eps)` and `b' = beta - mean * gamma / sqrt(var + eps)`. Nothing here is recorded.
 
+use super::pool::{max_pool2d, pool_shape};
 use super::{Conv2dParams, require_f32, require_float};
 use crate::cpu::Isa;
 use crate::cpu::conv::{ConvShape, PackedFilter, Splitting};
@@ -102,5 +103,33 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
             let problem = format!("an input of {dtype:?} on {device}, but filters for {:?}, or elsewhere", conv.dtype);
             Err(Error::Argument { op: "fused_conv2d", problem })
         }
+    }
+}
+
+/// `max_pool2d(relu(conv(x) + bias))`, ReLU if asked for: the first layer and the pooling after it, in one pass on the CPU.
+pub fn fused_conv2d_max_pool(
+    x: &Tensor,
+    conv: &FusedConv2d,
+    relu: bool,
+    [kernel, stride, padding]: [usize; 3],
+) -> Result<Tensor> {
+    let shape: ConvShape = conv.params.shape("fused_conv2d", x, &conv.dims)?;
+    let [oh, ow] = shape.output();
+    let pooling = pool_shape(&[shape.n, oh, ow, shape.o], kernel, stride, padding)?;
+    let [windows, windows_across] = pooling.output();
+    let dims = [shape.n, windows, windows_across, shape.o];
+    // Types and devices that match.
+    macro_rules! on_cpu {
+        ($filter:expr, $bias:expr) => {{
+            let epilogue = Epilogue { bias: Some($bias), residual: None, relu };
+            Ok(Tensor::build(dims, |y| {
+                cpu::conv::forward_max_pool(x.as_slice(), $filter, &shape, epilogue, &pooling, y)
+            }))
+        }};
+    }
+    match (&conv.filter, x.device(), x.dtype()) {
+        (Filter::F32(filter, bias), Device::Cpu, DType::F32) => on_cpu!(filter, bias),
+        (Filter::Bf16(filter, bias), Device::Cpu, DType::BF16) => on_cpu!(filter, bias),
+        _ => max_pool2d(&fused_conv2d(x, conv, None, relu)?, kernel, stride, padding),
     }
 }

@@ -17,10 +17,7 @@ use crate::tensor::{Device, Tensor};
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     require_f32("linear", &[x, weight])?;
     require_one_device("linear", &[x, weight])?;
-    let (n, inputs, outputs) = match (x.dims(), weight.dims()) {
-        (&[n, i], &[o, wi]) if i == wi && i > 0 && o > 0 => (n, i, o),
-        _ => return Err(Error::shape("linear", "[N, IN] and [OUT, IN]", &[x.dims(), weight.dims()])),
-    };
+    let (n, inputs, outputs) = extents(x.dims(), weight.dims())?;
     if let Some(bias) = bias {
         require_vector("linear", bias, outputs)?;
     }
@@ -28,8 +25,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let y = match x.device() {
         Device::Cpu => Tensor::build([n, outputs], |y: &mut [f32]| {
             let packed = PackedB::from_columns(isa, weight.as_slice(), inputs, outputs, inputs);
-            let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
-            multiply(x.as_slice(), &Gather::matrix(n, inputs), &packed, y, epilogue)
+            multiply_packed(x, &packed, bias.map(|b| b.as_slice()), y)
         }),
         Device::Cuda => cuda_multiply(x, weight, Layout::Nt, bias)?,
     };
@@ -65,4 +61,45 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             Ok(gradients)
         })
     }))
+}
+
+/// `N`, `IN` and `OUT` of a layer.
+fn extents(x: &[usize], weight: &[usize]) -> Result<(usize, usize, usize)> {
+    match (x, weight) {
+        (&[n, i], &[o, wi]) if i == wi && i > 0 && o > 0 => Ok((n, i, o)),
+        _ => Err(Error::shape("linear", "[N, IN] and [OUT, IN]", &[x, weight])),
+    }
+}
+
+fn multiply_packed(x: &Tensor, packed: &PackedB, bias: Option<&[f32]>, y: &mut [f32]) {
+    let rows = Gather::matrix(x.dims()[0], x.dims()[1]);
+    multiply(x.as_slice(), &rows, packed, y, Epilogue { bias, ..Default::default() })
+}
+
+/// A layer's weight, packed for the CPU, and its bias.
+pub struct PackedLinear {
+    packed: PackedB,
+    bias: Vec<f32>,
+    /// `[OUT, IN]`.
+    dims: [usize; 2],
+}
+
+impl PackedLinear {
+    /// Of `weight` `[OUT, IN]` and `bias` `[OUT]`, both on the CPU.
+    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        require_f32("linear", &[weight])?;
+        let &[outputs, inputs] = weight.dims() else {
+            return Err(Error::shape("linear", "weights [OUT, IN]", &[weight.dims()]));
+        };
+        require_vector("linear", bias, outputs)?;
+        let packed = PackedB::from_columns(Isa::current(), weight.as_slice(), inputs, outputs, inputs);
+        Ok(PackedLinear { packed, bias: bias.to_vec(), dims: [outputs, inputs] })
+    }
+}
+
+/// [`linear`], to the same bits, of `x` `[N, IN]` on the CPU. It is not recorded.
+pub fn packed_linear(x: &Tensor, layer: &PackedLinear) -> Result<Tensor> {
+    require_f32("linear", &[x])?;
+    let (n, _, outputs) = extents(x.dims(), &layer.dims)?;
+    Ok(Tensor::build([n, outputs], |y| multiply_packed(x, &layer.packed, Some(&layer.bias), y)))
 }

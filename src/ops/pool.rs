@@ -11,21 +11,8 @@ use crate::{cpu, cuda};
 /// The gradient goes to the first of equal maxima, as in PyTorch.
 pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
     require_float("max_pool2d", &[x])?;
-    let &[n, h, w, c] = x.dims() else {
-        return Err(Error::shape("max_pool2d", "[N, H, W, C]", &[x.dims()]));
-    };
-    // Places in a window are kept as bytes, and 255 is taken.
-    if kernel == 0 || kernel > 15 || stride == 0 || padding > kernel / 2 {
-        let problem = format!(
-            "kernel {kernel}, stride {stride}, padding {padding}: expected a kernel of 1 to 15, a positive stride, padding \
-             of at most half the kernel"
-        );
-        return Err(Error::Argument { op: "max_pool2d", problem });
-    }
-    if h + 2 * padding < kernel || w + 2 * padding < kernel || c == 0 {
-        return Err(Error::shape("max_pool2d", format!("at least one window of {kernel}x{kernel}"), &[x.dims()]));
-    }
-    let shape = PoolShape { n, h, w, c, kernel, stride, padding };
+    let shape = pool_shape(x.dims(), kernel, stride, padding)?;
+    let PoolShape { n, h, w, c, .. } = shape;
     let [oh, ow] = shape.output();
     let dims = [n, oh, ow, c];
     let (y, places) = match x.device() {
@@ -57,6 +44,25 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
             })])
         })
     }))
+}
+
+/// The extents of a max pooling of `dims`, or why there is none.
+pub(super) fn pool_shape(dims: &[usize], kernel: usize, stride: usize, padding: usize) -> Result<PoolShape> {
+    let &[n, h, w, c] = dims else {
+        return Err(Error::shape("max_pool2d", "[N, H, W, C]", &[dims]));
+    };
+    // Places in a window are kept as bytes, and 255 is taken.
+    if kernel == 0 || kernel > 15 || stride == 0 || padding > kernel / 2 {
+        let problem = format!(
+            "kernel {kernel}, stride {stride}, padding {padding}: expected a kernel of 1 to 15, a positive stride, padding \
+             of at most half the kernel"
+        );
+        return Err(Error::Argument { op: "max_pool2d", problem });
+    }
+    if h + 2 * padding < kernel || w + 2 * padding < kernel || c == 0 {
+        return Err(Error::shape("max_pool2d", format!("at least one window of {kernel}x{kernel}"), &[dims]));
+    }
+    Ok(PoolShape { n, h, w, c, kernel, stride, padding })
 }
 
 /// The mean over the pixels of each image and channel: `[N, H, W, C]` to `[N, C]`, F32.

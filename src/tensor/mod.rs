@@ -17,6 +17,7 @@ pub use storage::{CpuBuffer, Device, Storage};
 use crate::autograd::{Edge, History};
 use crate::cuda::CudaBuffer;
 use crate::error::{Error, Result};
+use rayon::prelude::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -238,11 +239,9 @@ impl Tensor {
         let rows = parts.iter().map(|part| part.dims()[0]).sum();
         let dims = [&[rows], &first.dims()[1..]].concat();
         with_float!(first.dtype(), T => Self::build(dims, |mut out: &mut [T]| {
-            for part in parts {
-                let (start, rest) = out.split_at_mut(part.numel());
-                start.copy_from_slice(part.as_slice());
-                out = rest;
-            }
+            let place = |part: &Tensor| out.split_off_mut(..part.numel()).expect("as many elements as all parts have");
+            let places: Vec<&mut [T]> = parts.iter().map(place).collect();
+            places.into_par_iter().zip(parts).for_each(|(place, part)| place.copy_from_slice(part.as_slice()));
         }))
     }
 

@@ -1,4 +1,5 @@
 use crate::support::*;
+use hone::nn::Linear;
 use hone::ops::{linear, matmul};
 use proptest::prelude::*;
 
@@ -44,6 +45,21 @@ proptest! {
         want.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(bv[i % outputs]));
         assert_close(linear(&x, &w, Some(&b)).unwrap().as_slice(), &want, 1e-5, "linear");
     }
+}
+
+#[test]
+fn a_packed_layer_follows_its_parameters() {
+    let layer = Linear::new("fc", 33, 70, 1);
+    let x = tensor(&[3, 33], 1);
+    for factor in [2.0, -1.0] {
+        let want = linear(&x, &layer.weight.tensor(), Some(&layer.bias.tensor())).unwrap();
+        assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>(), want.to_vec::<f32>());
+        layer.weight.update(|values| values.iter_mut().for_each(|value| *value *= factor));
+        layer.bias.update(|values| values.iter_mut().for_each(|value| *value += factor));
+    }
+    layer.weight.set_trainable(true);
+    assert!(layer.forward(&x).unwrap().requires_grad());
+    assert!(layer.forward(&tensor(&[3, 32], 1)).is_err());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 use crate::support::*;
-use hone::Tensor;
-use hone::ops::{global_avg_pool, max_pool2d};
+use hone::ops::{Conv2dParams, FusedConv2d, fused_conv2d, fused_conv2d_max_pool, global_avg_pool, max_pool2d};
+use hone::{DType, Tensor};
 use proptest::prelude::*;
 
 /// Maximum, and the index in `x` of the first place that holds it, of every window.
@@ -43,6 +43,28 @@ proptest! {
         }
         let gradients = y.backward_with(dy).unwrap();
         assert_close(gradients.get(&leaf).unwrap().as_slice(), &dx, 1e-6, "dx");
+    }
+
+    /// Pooling the first layer as it is computed, to the same bits; more rows than are computed together, and in several parts.
+    #[test]
+    fn first_layer_is_pooled(
+        n in 1usize..3, h in 7usize..90, w in 7usize..40, o in prop::sample::select(vec![16, 64, 10]), bf16 in any::<bool>(),
+        k in 1usize..11, s in 1usize..5, relu in any::<bool>(),
+    ) {
+        let dtype = if bf16 { DType::BF16 } else { DType::F32 };
+        let x = tensor(&[n, h, w, 3], 1).to_dtype(dtype).unwrap();
+        let (filter, params) = (tensor(&[o, 7, 7, 3], 2), Conv2dParams::new(2, 3));
+        let conv = FusedConv2d::new(&filter, &values(o, 3), &values(o, 4), params, dtype).unwrap();
+        let y = fused_conv2d(&x, &conv, None, relu).unwrap();
+        let p = k / 2;
+        match max_pool2d(&y, k, s, p) {
+            Ok(want) => {
+                let got = fused_conv2d_max_pool(&x, &conv, relu, [k, s, p]).unwrap();
+                prop_assert_eq!(got.dims(), want.dims());
+                prop_assert_eq!(got.to_f32_vec().unwrap(), want.to_f32_vec().unwrap());
+            }
+            Err(_) => prop_assert!(fused_conv2d_max_pool(&x, &conv, relu, [k, s, p]).is_err()),
+        }
     }
 
     #[test]

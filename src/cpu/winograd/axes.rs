@@ -1,14 +1,20 @@
 //! Transforms along both axes.
 
 use super::transforms::{MAX, Room, Transform, unrolled, vectors};
+use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
 pub(super) trait Source<S: Simd>: Copy {
+    /// Whether a column has anything but zeros.
+    #[inline(always)]
+    fn has_column(&self, _j: usize) -> bool {
+        true
+    }
     /// # Safety
-    /// As the source says.
+    /// As the source says; there is such a column.
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V;
 }
 
@@ -22,16 +28,20 @@ pub(super) trait Sink<S: Simd> {
 /// A vector of channels of each pixel.
 #[derive(Clone, Copy)]
 pub(super) struct Pixels<'a, T> {
-    /// Valid for a vector from `channel` on.
-    pub pixels: &'a [[&'a [T]; MAX]; MAX],
+    /// Has a vector from `channel` on.
+    pub window: &'a Window<'a, T>,
     pub channel: usize,
 }
 
 impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     #[inline(always)]
+    fn has_column(&self, j: usize) -> bool {
+        self.window.has_column(j)
+    }
+    #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
         // SAFETY: the caller's.
-        unsafe { T::load(simd, self.pixels[i][j].as_ptr().add(self.channel)) }
+        unsafe { self.window.load(simd, i, j, self.channel) }
     }
 }
 
@@ -115,9 +125,14 @@ pub(super) unsafe fn along_both<X: Transform, S: Simd>(
     sink: impl Sink<S>,
 ) {
     for j in 0..X::VALUES {
-        // SAFETY: the contract.
-        let column = vectors!(simd, X::VALUES, I => unsafe { source.load(simd, I, j) });
-        let results = X::apply(simd, &column);
+        let results = match source.has_column(j) {
+            true => {
+                // SAFETY: the contract.
+                let column = vectors!(simd, X::VALUES, I => unsafe { source.load(simd, I, j) });
+                X::apply(simd, &column)
+            }
+            false => [simd.splat(0.0); MAX],
+        };
         let room = room.at::<S>(0, j);
         unrolled!(I => {
             if I < X::RESULTS {

@@ -75,7 +75,8 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
         let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });
         let of_group = sums.len() / tiles.div_ceil(group);
         for tile in 0..tiles {
-            let starts = &Starts::new(across.pow(2), |position| (position * TILES + tile % group) * isa.lanes());
+            let start = |[i, j]: [usize; 2]| ((i * across + j) * TILES + tile % group) * isa.lanes();
+            let starts = &Starts::new(across, start);
             let (sums, channels) = (&sums[tile / group * of_group..], vector * isa.lanes()..(vector + 1) * isa.lanes());
             dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts });
         }
@@ -295,7 +296,7 @@ impl<W: Float> Product<W> {
                 let ahead = taps.wrapping_add(self.words * TAPS * TAPS * tap_len);
                 unrolled!(TAP => {
                     if TAP % const { values::<W>(STRIDE) } == ROW {
-                        simd.prefetch(ahead.wrapping_add(TAP * tap_len).cast());
+                        simd.prefetch_once(ahead.wrapping_add(TAP * tap_len).cast());
                     }
                 });
             }

@@ -13,6 +13,7 @@
 mod axes;
 pub mod blocks;
 mod few;
+mod pairs;
 mod parts;
 mod points;
 pub mod rows;
@@ -21,6 +22,7 @@ pub mod strips;
 mod tiles;
 mod transforms;
 pub mod wgrad;
+mod window;
 
 use super::conv::ConvShape;
 use super::float::Float;
@@ -122,21 +124,4 @@ fn check_operands<T: Float>(shape: &ConvShape, [c, o]: [usize; 2], x: &[T], epil
     assert_eq!([shape.c, shape.o], [c, o], "the filter's channels");
     shape.check(x.len(), y.len());
     epilogue.check(shape.o, y.len());
-}
-
-/// The channels of a pixel of padding.
-#[inline(always)]
-fn zeros<'a, T: Float>(channels: usize) -> &'a [T] {
-    static ZEROS: [f32; strips::MAX_CHANNELS] = [0.0; strips::MAX_CHANNELS];
-    &bytemuck::cast_slice(&ZEROS)[..channels]
-}
-
-/// The channels of a pixel of the input, by its place in the image with its padding of one.
-#[inline(always)]
-fn pixel<'a, T: Float>(x: &'a [T], shape: &ConvShape, image: usize, [row, column]: [usize; 2]) -> &'a [T] {
-    let ConvShape { h, w, c, .. } = *shape;
-    match (row.checked_sub(1), column.checked_sub(1)) {
-        (Some(row), Some(column)) if row < h && column < w => &x[((image * h + row) * w + column) * c..][..c],
-        _ => zeros(c),
-    }
 }

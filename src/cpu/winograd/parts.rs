@@ -56,9 +56,12 @@ pub(super) struct Part {
     classes: [Range<usize>; CLASSES],
     /// Outputs of each class's tiles, down and across.
     pub outputs: [[usize; 2]; CLASSES],
-    axis: Axis,
+    /// Positions of the tiles at the bottom, down, and of those at the right, across.
+    edges: [usize; 2],
     /// The tiles that have a position, by [`Part::kind`].
     tiles: [Vec<usize>; CLASSES],
+    /// Where among those the first of each class is.
+    firsts: [[usize; CLASSES]; CLASSES],
 }
 
 impl Part {
@@ -84,17 +87,23 @@ impl Part {
         let start = |class: usize| places.partition_point(|(of, _)| *of < class);
         let classes: [Range<usize>; CLASSES] = std::array::from_fn(|class| start(class)..start(class + 1));
         // A kind of positions lacks the tiles of an edge, or of the other, or of both, or of none.
+        let has = |kind: usize, class: &usize| class & !kind == 0;
         let tiles = std::array::from_fn(|kind| {
-            let has = |class: &usize| class & !kind == 0;
-            (0..CLASSES).filter(has).flat_map(|class| classes[class].clone()).collect()
+            (0..CLASSES).filter(|class| has(kind, class)).flat_map(|class| classes[class].clone()).collect()
         });
-        Part { places: places.into_iter().map(|(_, place)| place).collect(), classes, outputs, axis, tiles }
+        let firsts = std::array::from_fn(|kind| {
+            std::array::from_fn(|class| {
+                (0..class).filter(|class| has(kind, class)).map(|class| classes[class].len()).sum()
+            })
+        });
+        let places = places.into_iter().map(|(_, place)| place).collect();
+        let edges = [down_edge, right_edge].map(|outputs| positions(axis, outputs));
+        Part { places, classes, outputs, edges, tiles, firsts }
     }
 
     /// Which edges' tiles have position `[i, j]`: 1 for those at the right, 2 for those at the bottom.
     fn kind(&self, [i, j]: [usize; 2]) -> usize {
-        let [down_edge, right_edge] = self.outputs[CLASSES - 1];
-        usize::from(i < positions(self.axis, down_edge)) * 2 + usize::from(j < positions(self.axis, right_edge))
+        usize::from(i < self.edges[0]) * 2 + usize::from(j < self.edges[1])
     }
 
     /// Tiles that a position has room for: whole tiles of the micro-kernel.
@@ -116,9 +125,8 @@ impl Part {
         &self.tiles[self.kind(position)]
     }
 
-    /// Where among those the first tile of a class is, if it is there at all.
+    /// Where among those the first tile of a class is, or would be.
     pub fn first_at(&self, position: [usize; 2], class: usize) -> usize {
-        let tiles = self.tiles_at(position);
-        tiles.iter().position(|&tile| tile == self.classes[class].start).unwrap_or(0)
+        self.firsts[self.kind(position)][class]
     }
 }

@@ -14,6 +14,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::pool::{PoolShape, max_pool_row};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -102,7 +103,52 @@ pub fn forward<T: Float, W: Float>(
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
     let out = Output::new(y);
     (0..Seen::<T, W>::count(shape)).into_par_iter().for_each(|i| {
-        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out });
+        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out, before: 0 });
+    });
+}
+
+/// The max pooling of what [`forward`] gives, `pooling` of its extents; no residual. A task computes some rows after others, which stay in L2
+/// until they are pooled.
+pub fn forward_max_pool<T: Float, W: Float>(
+    x: &[T],
+    filter: &RowFilter<W>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    pooling: &PoolShape,
+    y: &mut [T],
+) {
+    let ([oh, ow], [windows, windows_across]) = (shape.output(), pooling.output());
+    assert_eq!([shape.c, shape.o], [filter.c, filter.o], "the filter's channels");
+    assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
+    assert_eq!([pooling.n, pooling.h, pooling.w, pooling.c], [shape.n, oh, ow, shape.o], "what is pooled");
+    shape.check(x.len(), shape.n * oh * ow * shape.o);
+    epilogue.check(shape.o, shape.n * oh * ow * shape.o);
+    let row_len = windows_across * shape.o;
+    assert!(epilogue.residual.is_none() && y.len() == shape.n * windows * row_len);
+    // Where tasks meet, rows that both need are computed twice.
+    let parts = rayon::current_num_threads().div_ceil(shape.n.max(1)).min(windows.div_ceil(ROWS / 2)).max(1);
+    let part = windows.div_ceil(parts);
+    y.par_chunks_mut(windows * row_len).enumerate().for_each(|(image, y)| {
+        y.par_chunks_mut(part * row_len).enumerate().for_each(|(i, y)| {
+            // Rows of the convolution that are there, from the first that is still needed on.
+            let mut kept = Scratch::<T>::take((ROWS + pooling.kernel) * ow * shape.o);
+            let mut there = 0..0;
+            let end = pooling.rows((i * part + part).min(windows) - 1).end;
+            for (row, y) in (i * part..).zip(y.chunks_exact_mut(row_len)) {
+                let needed = pooling.rows(row);
+                while there.end < needed.end {
+                    let kept_rows = needed.start.min(there.end)..there.end;
+                    kept.copy_within((kept_rows.start - there.start) * ow * shape.o..there.len() * ow * shape.o, 0);
+                    let start = there.end.max(needed.start);
+                    let rows = start..end.min(start + ROWS);
+                    there = if kept_rows.is_empty() { start..rows.end } else { kept_rows.start..rows.end };
+                    let before = (image * oh + there.start) * ow * shape.o;
+                    let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(&mut kept));
+                    dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
+                }
+                max_pool_row(&kept[(needed.start - there.start) * ow * shape.o..], pooling, row, y);
+            }
+        });
     });
 }
 
@@ -112,6 +158,8 @@ struct Rows<'a, T, W> {
     filter: &'a RowFilter<W>,
     epilogue: Epilogue<'a, T>,
     y: &'a Output<T>,
+    /// Values of all outputs before those that `y` begins with.
+    before: usize,
 }
 
 impl<T: Float, W: Float> Task for Rows<'_, T, W> {
@@ -191,10 +239,15 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
 
     /// One of its parts.
     pub fn new(x: &'a [T], shape: &'a ConvShape, i: usize) -> Self {
-        let output @ [oh, ow] = shape.output();
+        let oh = shape.output()[0];
         let blocks = oh.div_ceil(ROWS);
         let (image, block) = (i / blocks, i % blocks);
-        let rows = block * oh / blocks..(block + 1) * oh / blocks;
+        Self::of_rows(x, shape, image, block * oh / blocks..(block + 1) * oh / blocks)
+    }
+
+    /// Some rows of an image.
+    fn of_rows(x: &'a [T], shape: &'a ConvShape, image: usize, rows: Range<usize>) -> Self {
+        let output @ [_, ow] = shape.output();
         let across = ow.div_ceil(row_axis::<W>().outputs);
         Seen { x, shape, image, rows, output, across, products: PhantomData }
     }
@@ -326,7 +379,7 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
             unrolled!(J => {
                 if const { J < row_axis::<W>().outputs } && J < count {
                     // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), (first + J) * o + channel) };
+                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), (first + J) * o + channel - self.before) };
                 }
             });
         }

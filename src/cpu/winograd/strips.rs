@@ -187,10 +187,8 @@ pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
     let across = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
     let position_len = sums.len() / across.pow(2);
     for (class, tiles) in part.classes().enumerate().filter(|(_, tiles)| !tiles.is_empty()) {
-        let starts = &Starts::new(across.pow(2), |position| {
-            let place = [position / across, position % across];
-            position * position_len + part.first_at(place, class) * width
-        });
+        let starts =
+            &Starts::new(across, |[i, j]| (i * across + j) * position_len + part.first_at([i, j], class) * width);
         for (row, tile) in tiles.enumerate() {
             for (panel, start) in channels.clone().step_by(width).enumerate() {
                 let channels = start..channels.end.min(start + width);

@@ -1,9 +1,9 @@
 //! Tiles on both sides of the products: the transforms of their inputs, and of their sums to outputs.
 
 use super::parts::{Part, Place};
-use super::pixel;
 use super::points::*;
 use super::transforms::*;
+use super::window::Window;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output};
@@ -40,41 +40,30 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let mut room = Room::new();
-        let mut pixels: [Pixels<T>; 2] = [[[&[]; MAX]; MAX]; 2];
-        let [these, next] = &mut pixels;
-        let (mut these, mut next) = (these, next);
-        self.find_pixels(self.tiles.start, these);
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
-            self.find_pixels(self.tiles.end.min(tile + 2) - 1, next);
+            let window = &self.window(tile);
+            let next = &self.window(self.tiles.end.min(tile + 2) - 1);
             for channel in (0..self.shape.c).step_by(S::LANES) {
-                let pixels = [&*these, &*next];
                 with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, pixels, channel, across, &mut room)
+                    self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
                 });
                 with_outputs!(axis::<W>(STRIDE), across, M => {
                     self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
                 });
             }
-            std::mem::swap(&mut these, &mut next);
         }
     }
 }
 
-/// The pixels that a tile sees, column by column.
-type Pixels<'a, T> = [[&'a [T]; MAX]; MAX];
-
 impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
-    /// Those of a tile; those on the padding are zero.
+    /// What a tile sees.
     #[inline(always)]
-    fn find_pixels(&self, tile: usize, pixels: &mut Pixels<'a, T>) {
-        let Place { image, top, left } = self.part.places[tile];
+    fn window(&self, tile: usize) -> Window<'a, T> {
+        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
+        let first = [top, left].map(|at| (STRIDE * at) as isize - 1);
         let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        for (j, column) in pixels.iter_mut().enumerate().take(seen) {
-            for (i, out) in column.iter_mut().enumerate().take(seen) {
-                *out = pixel(self.x, self.shape, image, [STRIDE * top + i, STRIDE * left + j]);
-            }
-        }
+        Window::new(&self.x[image * h * w * c..][..h * w * c], [h, w, c], first, seen)
     }
 
     /// Along the columns of a tile of `M` outputs down, to the room.
@@ -82,20 +71,24 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        [pixels, next]: [&Pixels<T>; 2],
+        [window, next]: [&Window<T>; 2],
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
         for j in 0..inputs(axis::<W>(STRIDE), across) {
             // Those of the next tile will have come by then.
-            next[j].iter().for_each(|pixel| simd.prefetch(pixel.as_ptr().wrapping_add(channel).cast()));
-            let pixels = &pixels[j];
-            // SAFETY: a vector of the channels of a pixel, as whole vectors of channels are asked for.
-            let column = vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe {
-                T::load(simd, pixels[I].as_ptr().add(channel))
-            });
-            let values = Input::<W, STRIDE, M>::apply(simd, &column);
+            next.prefetch(simd, const { inputs(axis::<W>(STRIDE), M) }, j, channel);
+            let values = match window.has_column(j) {
+                true => {
+                    // SAFETY: there is such a column; channels are whole vectors.
+                    let column = vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe {
+                        window.load(simd, I, j, channel)
+                    });
+                    Input::<W, STRIDE, M>::apply(simd, &column)
+                }
+                false => [simd.splat(0.0); MAX],
+            };
             let room = room.at::<S>(0, j);
             unrolled!(SLOT => {
                 if const { has::<W>(STRIDE, M, SLOT) } {
@@ -180,10 +173,16 @@ pub(super) struct Starts {
 }
 
 impl Starts {
-    /// `at` says so for each of `count` positions.
-    pub(super) fn new(count: usize, at: impl Fn(usize) -> usize) -> Self {
-        let at = std::array::from_fn(|position| if position < count { at(position) } else { 0 });
-        Starts { last: at.iter().copied().max().unwrap_or(0), at }
+    /// `at` says so for each of `across` positions down and across.
+    pub(super) fn new(across: usize, at: impl Fn([usize; 2]) -> usize) -> Self {
+        let mut starts = Starts { at: [0; MAX * MAX], last: 0 };
+        for (i, row) in starts.at.chunks_exact_mut(across).enumerate().take(across) {
+            for (j, start) in row.iter_mut().enumerate() {
+                *start = at([i, j]);
+                starts.last = starts.last.max(*start);
+            }
+        }
+        starts
     }
 }
 
@@ -231,6 +230,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     fn transform_rows<S: Simd, const M: usize>(&self, simd: S, channel: usize, down: usize, room: &mut Room) {
         let Outputs { part, shape, epilogue, y, .. } = self.outputs;
         let (Place { image, top, left }, [oh, ow], o) = (part.places[self.tile], shape.output(), shape.o);
+        // Copies, which no store to the result can change.
+        let (epilogue, y) = (*epilogue, y.pointer());
         // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
         let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
         for i in 0..down {
@@ -243,7 +244,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
             unrolled!(J => {
                 if J < M {
                     // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
-                    unsafe { epilogue.store(simd, outputs[J], bias, y.pointer(), first + J * o) };
+                    unsafe { epilogue.store(simd, outputs[J], bias, y, first + J * o) };
                 }
             });
         }

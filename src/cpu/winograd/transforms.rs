@@ -1,5 +1,6 @@
 //! The transforms along an axis, for tiles of any number of outputs: matrices of `points.rs` times vectors.
 
+use super::pairs;
 use super::points::*;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
@@ -126,13 +127,15 @@ pub(super) trait Transform {
     const MATRIX: Square;
     const VALUES: usize;
     const RESULTS: usize;
+    /// Where the rows of the matrix are the polynomials of [`input_matrix`]: the points of all of them.
+    const POINTS: &'static [Point] = &[];
     /// Mark it `#[inline(always)]`.
     fn apply<S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX];
 }
 
 /// Declares a transform of products of type `W`, and how it is applied.
 macro_rules! transform {
-    ($(#[$doc:meta])* $name:ident<$($n:ident),*>: $values:expr => $results:expr, $matrix:expr, $apply:ident) => {
+    ($(#[$doc:meta])* $name:ident<$($n:ident),*>: $values:expr => $results:expr, $matrix:expr, $apply:ident $(, $points:expr)?) => {
         $(#[$doc])*
         pub(super) struct $name<W, $(const $n: usize),*>(PhantomData<W>);
 
@@ -140,6 +143,7 @@ macro_rules! transform {
             const MATRIX: Square = $matrix;
             const VALUES: usize = $values;
             const RESULTS: usize = $results;
+            $(const POINTS: &'static [Point] = $points;)?
 
             #[inline(always)]
             fn apply<S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
@@ -156,7 +160,8 @@ transform!(
 transform!(
     /// `B^T`: the inputs of a tile of `M` outputs to its slots.
     Input<STRIDE, M>: inputs(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)) => slots_of::<W>(STRIDE, clamped::<W>(STRIDE, M)),
-    input_matrix(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)), to_points
+    input_matrix(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)), to_points,
+    if STRIDE == 1 { axis::<W>(1).points.split_at(Self::VALUES).0 } else { &[] }
 );
 transform!(
     /// `A^T`: the sums at the positions of a tile of `M` outputs to these.
@@ -176,7 +181,8 @@ transform!(
 transform!(
     /// `B^T` of a phase of a whole tile along a row.
     RowInput<PHASE>: phase_slots(row_axis::<W>(), PHASE) => phase_slots(row_axis::<W>(), PHASE),
-    phase_matrix(row_axis::<W>(), PHASE), to_points
+    phase_matrix(row_axis::<W>(), PHASE), to_points,
+    row_axis::<W>().points.split_at(Self::VALUES).0
 );
 transform!(
     /// `A^T` of a whole tile along a row.
@@ -367,6 +373,9 @@ pub(super) fn at_point<X: Transform, S: Simd, const ROW: usize>(simd: S, values:
 /// A transform from values to points.
 #[inline(always)]
 fn to_points<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
+    if const { S::REGISTERS >= pairs::REGISTERS && pairs::exist(X::POINTS) } {
+        return pairs::apply::<X, S>(simd, values);
+    }
     vectors!(simd, X::RESULTS, ROW => Row::<X, ROW>::of(simd, values))
 }
 

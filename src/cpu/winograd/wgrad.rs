@@ -4,10 +4,11 @@
 //! transposed map of the outputs' gradient: `dg = G^T [sum over tiles of (A dy A^T) * (B^T d B)] G`. The sum, for every
 //! pair of channels at each position, is a matrix product over the tiles.
 
+use super::Algorithm;
 use super::axes::*;
 use super::parts::{Place, TileGrid};
 use super::transforms::*;
-use super::{Algorithm, pixel, zeros};
+use super::window::Window;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
@@ -180,21 +181,15 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             // The first and the last tile of a word; one beyond the last is zero.
             let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
             let tiles = [tile(0), tile(W::PER_WORD - 1)];
-            let inputs = tiles.map(|tile| match tile {
-                Some(tile) => self.inputs_of(tile),
-                None => [[zeros(c); MAX]; MAX],
-            });
-            let gradients = tiles.map(|tile| match tile {
-                Some(tile) => self.gradients_of(tile),
-                None => [[zeros(o); MAX]; MAX],
-            });
+            let inputs = tiles.map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
+            let gradients = tiles.map(|tile| tile.map_or(Window::empty(), |tile| self.gradients_of(tile)));
             for channel in (0..c).step_by(S::LANES) {
                 let at = (channel / width * self.words + word) * width + channel % width;
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
                 unsafe {
                     let first = self.inputs.pointer().add(at * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
-                    let tiles = inputs.each_ref().map(|pixels| Pixels { pixels, channel });
+                    let tiles = inputs.each_ref().map(|window| Pixels { window, channel });
                     transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
@@ -203,7 +198,7 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
                 unsafe {
                     let first = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
-                    let tiles = gradients.each_ref().map(|pixels| Pixels { pixels, channel });
+                    let tiles = gradients.each_ref().map(|window| Pixels { window, channel });
                     transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
@@ -212,29 +207,20 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
 }
 
 impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
-    /// The pixels that a tile sees; those on the padding are zero.
+    /// What a tile sees of the input.
     #[inline(always)]
-    fn inputs_of(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
-        let Place { image, top, left } = self.grid.place(tile);
-        std::array::from_fn(|i| {
-            std::array::from_fn(|j| match i < slots_of::<M>() && j < slots_of::<M>() {
-                true => pixel(self.x, self.shape, image, [top + i, left + j]),
-                false => &[],
-            })
-        })
+    fn inputs_of(&self, tile: usize) -> Window<'_, T> {
+        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.grid.place(tile));
+        let first = [top, left].map(|at| at as isize - 1);
+        Window::new(&self.x[image * h * w * c..][..h * w * c], [h, w, c], first, slots_of::<M>())
     }
 
-    /// The gradients of a tile's outputs; those beyond the image have none.
+    /// The gradients of a tile's outputs.
     #[inline(always)]
-    fn gradients_of(&self, tile: usize) -> [[&[T]; MAX]; MAX] {
-        let ([oh, ow], o) = (self.shape.output(), self.shape.o);
-        let Place { image, top, left } = self.grid.place(tile);
-        std::array::from_fn(|i| {
-            std::array::from_fn(|j| match i < M && j < M && top + i < oh && left + j < ow {
-                true => &self.dy[((image * oh + top + i) * ow + left + j) * o..][..o],
-                false => zeros(o),
-            })
-        })
+    fn gradients_of(&self, tile: usize) -> Window<'_, T> {
+        let ([oh, ow], o, Place { image, top, left }) = (self.shape.output(), self.shape.o, self.grid.place(tile));
+        let dy = &self.dy[image * oh * ow * o..][..oh * ow * o];
+        Window::new(dy, [oh, ow, o], [top as isize, left as isize], M)
     }
 }
 

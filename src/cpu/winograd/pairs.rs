@@ -1,0 +1,178 @@
+//! The transform of inputs to four pairs of opposite points, infinity, and maybe zero.
+//!
+//! The polynomial for `+-a` is `(x +- a)` times `x^2 - b^2` for the other pairs, and times `x` if zero is a point. So of the even powers, and
+//! of the odd ones, what the pairs of a half have in common is the product of the other half, computed once. Row by row the matrix takes
+//! 35 multiplications of a vector by 33 factors, which do not fit the registers; this takes 36 by 16, which do.
+
+use super::points::Point;
+use super::transforms::{MAX, Transform, unrolled};
+use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
+
+/// Registers that hold the factors and what they are multiplied by.
+pub(super) const REGISTERS: usize = 32;
+
+/// Four pairs, infinity, and maybe zero.
+#[derive(Clone, Copy)]
+struct Pairs {
+    /// Rows of either point of each pair.
+    rows: [[usize; 2]; 4],
+    /// The first points of the pairs.
+    points: [f64; 4],
+    infinity: usize,
+    zero: Option<usize>,
+}
+
+impl Pairs {
+    const NONE: Pairs = Pairs { rows: [[0; 2]; 4], points: [0.0; 4], infinity: 0, zero: None };
+
+    /// What these points are, if they are such.
+    const fn of(points: &[Point]) -> Option<Pairs> {
+        let mut pairs = Pairs::NONE;
+        let (mut count, mut i) = (0, 0);
+        while i < points.len() {
+            match points[i] {
+                None => pairs.infinity = i,
+                Some(0.0) => pairs.zero = Some(i),
+                Some(point) => {
+                    let mut pair = 0;
+                    while pair < count && pairs.points[pair] != -point {
+                        pair += 1;
+                    }
+                    match pair {
+                        4 => return None,
+                        _ if pair == count => {
+                            (pairs.rows[pair][0], pairs.points[pair]) = (i, point);
+                            count += 1;
+                        }
+                        _ => pairs.rows[pair][1] = i,
+                    }
+                }
+            }
+            i += 1;
+        }
+        let whole = count == 4 && points.len() == 9 + pairs.zero.is_some() as usize;
+        if whole { Some(pairs) } else { None }
+    }
+
+    /// The last factor of `x - a^2` of a pair.
+    const fn factor(&self, pair: usize) -> f32 {
+        -(self.points[pair] * self.points[pair]) as f32
+    }
+
+    /// The last two factors of `x^2 - (a^2 + b^2) x + a^2 b^2`, of the two pairs of a half.
+    const fn product(&self, half: usize) -> [f32; 2] {
+        let [a, b] = [self.points[2 * half], self.points[2 * half + 1]];
+        [-(a * a + b * b) as f32, (a * a * b * b) as f32]
+    }
+}
+
+/// The pairs of a transform that has them, and what each row is multiplied by.
+struct PairsOf<X>(PhantomData<X>);
+
+impl<X: Transform> PairsOf<X> {
+    /// Where there are none nothing comes of them.
+    const PAIRS: Pairs = match Pairs::of(X::POINTS) {
+        Some(pairs) => pairs,
+        None => Pairs::NONE,
+    };
+    /// One if zero is a point.
+    const SHIFT: usize = Self::PAIRS.zero.is_some() as usize;
+    /// Factors of the first row of each pair: of what goes with its point, and of the rest.
+    const SCALES: [[f32; 2]; 4] = {
+        let (mut scales, mut i) = ([[0.0; 2]; 4], 0);
+        while i < 4 {
+            let leading = X::MATRIX[Self::PAIRS.rows[i][0]][7 + Self::SHIFT];
+            scales[i] = [(leading as f64 * Self::PAIRS.points[i]) as f32, leading];
+            i += 1;
+        }
+        scales
+    };
+    /// The row of zero, and what it is multiplied by.
+    const ZERO: Option<(usize, f32)> = match Self::PAIRS.zero {
+        Some(row) => Some((row, X::MATRIX[row][8])),
+        None => None,
+    };
+    /// Whether the second row of a pair is what goes with the point less the rest, and not the other way round.
+    const fn turned(pair: usize) -> bool {
+        let [first, second] = Self::PAIRS.rows[pair];
+        (X::MATRIX[first][7 + Self::SHIFT] > 0.0) != (X::MATRIX[second][7 + Self::SHIFT] > 0.0)
+    }
+}
+
+/// Whether points are such.
+pub(super) const fn exist(points: &[Point]) -> bool {
+    Pairs::of(points).is_some()
+}
+
+/// A transform to such points.
+#[inline(always)]
+pub(super) fn apply<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
+    // A polynomial of two pairs, of values two apart.
+    macro_rules! product {
+        ($half:expr, $first:expr, $second:expr, $third:expr) => {{
+            let [sum, product] = const { PairsOf::<X>::PAIRS.product($half) };
+            simd.mul_add(simd.splat(sum), $second, simd.mul_add(simd.splat(product), $first, $third))
+        }};
+        ($half:expr, $at:expr) => {
+            product!($half, values[$at], values[$at + 2], values[$at + 4])
+        };
+    }
+    let mut out = [simd.splat(0.0); MAX];
+    let shift = const { PairsOf::<X>::SHIFT };
+    unrolled!(HALF => {
+        if HALF < 2 {
+            // What the pairs of this half have in common, with the one power and with the other.
+            let even = [product!(1 - HALF % 2, shift), product!(1 - HALF % 2, shift + 2)];
+            let odd = [product!(1 - HALF % 2, shift + 1), product!(1 - HALF % 2, shift + 3)];
+            if HALF == 0 {
+                out[const { PairsOf::<X>::PAIRS.infinity }] = product!(0, even[0], even[1], product!(1, shift + 4));
+                if let Some((zero, scale)) = const { PairsOf::<X>::ZERO } {
+                    let sum = product!(0, product!(1, 0), odd[0], odd[1]);
+                    out[zero] = simd.mul_add(simd.splat(scale), sum, simd.splat(0.0));
+                }
+            }
+            unrolled!(PAIR => {
+                if const { PAIR / 2 == HALF } {
+                    let other = simd.splat(const { PairsOf::<X>::PAIRS.factor((PAIR % 4) ^ 1) });
+                    let [with_point, rest] = const { PairsOf::<X>::SCALES[PAIR % 4] };
+                    let even = simd.mul_add(simd.splat(with_point), simd.mul_add(other, even[0], even[1]), simd.splat(0.0));
+                    let odd = simd.mul_add(simd.splat(rest), simd.mul_add(other, odd[0], odd[1]), simd.splat(0.0));
+                    let [first, second] = const { PairsOf::<X>::PAIRS.rows[PAIR % 4] };
+                    out[first] = simd.add(even, odd);
+                    out[second] = if const { PairsOf::<X>::turned(PAIR % 4) } { simd.sub(even, odd) } else { simd.sub(odd, even) };
+                }
+            });
+        }
+    });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::transforms::{Input, RowInput};
+    use super::*;
+    use crate::cpu::portable::Scalar;
+
+    /// Against the matrix.
+    fn check<X: Transform>() {
+        assert!(exist(X::POINTS) && X::VALUES == X::POINTS.len());
+        let values: [f32; MAX] = std::array::from_fn(|i| ((i * 37 + 11) % 23) as f32 / 11.0 - 1.0);
+        let got = apply::<X, Scalar>(Scalar, &values);
+        for (row, got) in X::MATRIX.iter().zip(got).take(X::RESULTS) {
+            let products =
+                row.iter().zip(values).take(X::VALUES).map(|(factor, value)| f64::from(*factor) * f64::from(value));
+            let (want, size) = products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()));
+            let error = (f64::from(got) - want).abs();
+            assert!(error <= 1e-6 * size, "{got}, not {want}");
+        }
+    }
+
+    #[test]
+    fn pairs_are_the_matrix() {
+        check::<Input<f32, 1, 7>>();
+        check::<RowInput<f32, 0>>();
+        check::<RowInput<f32, 1>>();
+        assert!(!exist(Input::<f32, 1, 6>::POINTS) && !exist(Input::<half::bf16, 1, 4>::POINTS));
+    }
+}
