@@ -34,8 +34,6 @@ const TRANSFORMED: usize = 11 << 20;
 pub(super) const WORDS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
 
@@ -224,9 +222,10 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
         let words = c / W::PER_WORD;
         let value_len = spread(panels * WORDS.min(words) * width * W::PER_WORD);
         let mut filters = Scratch::<W>::take(const { values::<W>(STRIDE) } * value_len);
-        for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
-            for start in (0..words).step_by(WORDS) {
-                let words = start..words.min(start + WORDS);
+        // Taps are read from memory once and then from L2, and sums, of which there is more, one after the other.
+        for start in (0..words).step_by(WORDS) {
+            let words = start..words.min(start + WORDS);
+            for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
                 for row in slots_at(axis::<W>(STRIDE), i) {
                     self.transform_filters(simd, value_of::<W>(STRIDE, row), words.clone(), columns, &mut filters);
                     for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
@@ -276,13 +275,10 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         let vectors = columns.div_ceil(S::LANES);
         let value_len = spread(vectors.div_ceil(S::VECTORS) * panel);
         assert!(filters.len() >= values::<W>(STRIDE) * value_len);
-        let line = LINE_BYTES / size_of::<W>();
         for word in words.clone() {
             for vector in 0..vectors {
                 let start = self.filter.start(self.strip * STRIP / S::LANES + vector, word);
                 let taps = &self.filter.taps[start..][..word_len];
-                let ahead = taps.as_ptr().wrapping_add(words.len() * word_len);
-                (0..word_len).step_by(line).for_each(|at| simd.prefetch(ahead.wrapping_add(at).cast()));
                 let at = vector / S::VECTORS * panel + (word - words.start) * row + vector % S::VECTORS * tap_len;
                 for part in (0..tap_len).step_by(S::LANES) {
                     let taps = taps[part..].as_ptr();
