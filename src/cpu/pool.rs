@@ -32,19 +32,21 @@ impl PoolShape {
         [self.h, self.w].map(|extent| (extent + 2 * self.padding - self.kernel) / self.stride + 1)
     }
 
-    /// Input coordinates along one axis that window `i` covers, with their place in the window.
-    fn covered(&self, i: usize, extent: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    /// Input coordinates along one axis that window `i` covers.
+    fn covered(&self, i: usize, extent: usize) -> Range<usize> {
         let first = i * self.stride;
-        let padding = self.padding;
-        (0..self.kernel)
-            .filter_map(move |k| Some((k, (first + k).checked_sub(padding)?)))
-            .filter(move |&(_, p)| p < extent)
+        first.saturating_sub(self.padding)..(first + self.kernel - self.padding).min(extent)
+    }
+
+    /// The same, with their place in the window.
+    fn covered_places(&self, i: usize, extent: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (first, padding) = (i * self.stride, self.padding);
+        self.covered(i, extent).map(move |p| (p + padding - first, p))
     }
 
     /// Input rows that a row of windows covers.
     pub(super) fn rows(&self, row: usize) -> Range<usize> {
-        let first = row * self.stride;
-        first.saturating_sub(self.padding)..(first + self.kernel - self.padding).min(self.h)
+        self.covered(row, self.h)
     }
 
     /// Windows along one axis that cover input coordinate `p`, with its place in each.
@@ -88,10 +90,10 @@ pub fn max_pool_with_places<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], p
         T::write(y, |y| {
             y.fill(f32::NEG_INFINITY);
             places.fill(u8::MAX);
-            for (ky, iy) in shape.covered(oy, shape.h) {
+            for (ky, iy) in shape.covered_places(oy, shape.h) {
                 T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| {
                     for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
-                        for (kx, ix) in shape.covered(ox, shape.w) {
+                        for (kx, ix) in shape.covered_places(ox, shape.w) {
                             take_maximum(&x[ix * c..][..c], (ky * shape.kernel + kx) as u8, y, places);
                         }
                     }
@@ -156,7 +158,7 @@ vectorised! {
     fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
         let c = shape.c;
         for (window, y) in y.chunks_exact_mut(c).enumerate() {
-            for (i, (_, ix)) in shape.covered(window, shape.w).enumerate() {
+            for (i, ix) in shape.covered(window, shape.w).enumerate() {
                 let pixel = &pixels[ix * c..][..c];
                 match i {
                     0 => y.copy_from_slice(pixel),

@@ -137,11 +137,11 @@ pub fn forward_max_pool<T: Float, W: Float>(
             for (row, y) in (i * part..).zip(y.chunks_exact_mut(row_len)) {
                 let needed = pooling.rows(row);
                 while there.end < needed.end {
-                    let kept_rows = needed.start.min(there.end)..there.end;
-                    kept.copy_within((kept_rows.start - there.start) * ow * shape.o..there.len() * ow * shape.o, 0);
+                    let done = needed.start.min(there.end) - there.start;
+                    kept.copy_within(done * ow * shape.o..there.len() * ow * shape.o, 0);
                     let start = there.end.max(needed.start);
                     let rows = start..end.min(start + ROWS);
-                    there = if kept_rows.is_empty() { start..rows.end } else { kept_rows.start..rows.end };
+                    there = needed.start..rows.end;
                     let before = (image * oh + there.start) * ow * shape.o;
                     let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(&mut kept));
                     dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });

@@ -63,7 +63,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
         let first = [top, left].map(|at| (STRIDE * at) as isize - 1);
         let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        Window::new(&self.x[image * h * w * c..][..h * w * c], [h, w, c], first, seen)
+        Window::new(self.x, image, [h, w, c], first, seen)
     }
 
     /// Along the columns of a tile of `M` outputs down, to the room.

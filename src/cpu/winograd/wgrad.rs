@@ -212,15 +212,14 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
     fn inputs_of(&self, tile: usize) -> Window<'_, T> {
         let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.grid.place(tile));
         let first = [top, left].map(|at| at as isize - 1);
-        Window::new(&self.x[image * h * w * c..][..h * w * c], [h, w, c], first, slots_of::<M>())
+        Window::new(self.x, image, [h, w, c], first, slots_of::<M>())
     }
 
     /// The gradients of a tile's outputs.
     #[inline(always)]
     fn gradients_of(&self, tile: usize) -> Window<'_, T> {
         let ([oh, ow], o, Place { image, top, left }) = (self.shape.output(), self.shape.o, self.grid.place(tile));
-        let dy = &self.dy[image * oh * ow * o..][..oh * ow * o];
-        Window::new(dy, [oh, ow, o], [top as isize, left as isize], M)
+        Window::new(self.dy, image, [oh, ow, o], [top as isize, left as isize], M)
     }
 }
 

@@ -21,12 +21,13 @@ pub(super) struct Window<'a, T> {
 }
 
 impl<'a, T: Float> Window<'a, T> {
-    /// Of an image `[h, w, c]` from row `top` and column `left` on, which may be before its first; as many rows and columns as `seen`
-    /// says.
+    /// Of an image of `x` `[n, h, w, c]` from row `top` and column `left` on, which may be before its first; as many rows and columns
+    /// as `seen` says.
     #[inline(always)]
-    pub fn new(image: &'a [T], [h, w, c]: [usize; 3], [top, left]: [isize; 2], seen: usize) -> Self {
+    pub fn new(x: &'a [T], image: usize, [h, w, c]: [usize; 3], [top, left]: [isize; 2], seen: usize) -> Self {
         static ZEROS: [f32; MAX * MAX_CHANNELS] = [0.0; MAX * MAX_CHANNELS];
-        assert!(image.len() == h * w * c && c <= MAX_CHANNELS);
+        assert!(c <= MAX_CHANNELS);
+        let image = &x[image * h * w * c..][..h * w * c];
         let first = image.as_ptr().wrapping_offset((top * w as isize + left) * c as isize);
         let rows = std::array::from_fn(|i| {
             let inside = i < seen && (0..h as isize).contains(&(top + i as isize));
