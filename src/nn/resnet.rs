@@ -16,10 +16,11 @@ pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
 
-/// Pictures that go through frozen stages together on the CPU, by the lowest of these stages: many, so that many tiles share a transformed
-/// filter; fewer where activations take more memory. Below layer2 each picture goes alone, so that its activations stay in the last cache, and so
-/// that threads need not wait for one another.
-const TOGETHER: [(Stage, usize); 3] = [(Stage::Layer3, 32), (Stage::Layer2, 16), (Stage::Stem, 1)];
+/// Pictures that go through frozen stages together on the CPU, at most, on a thread of their own: many, so that many tiles share a
+/// transformed filter, but their activations and their transforms should stay in a thread's share of the last cache.
+const TOGETHER: usize = 16;
+/// Below this stage activations are large and filters small: pictures go one by one.
+const TOGETHER_FROM: Stage = Stage::Layer2;
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -155,44 +156,46 @@ impl ResNet18 {
 
     /// The stages from `first` on and before `end`.
     fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        let run = || self.in_groups(x, 0..pictures_of(x), first..end, training, &TOGETHER);
-        if x.device() == Device::Cpu { on_a_worker(run) } else { run() }
+        match x.device() {
+            Device::Cpu => on_a_worker(|| self.backbone_on_cpu(x, first..end, training)),
+            Device::Cuda => self.stages(x.clone(), first..end, training),
+        }
     }
 
-    /// Some stages of some pictures of `x`, for as many of them at a time as the first of `levels` says where all stages are frozen, and for all
-    /// at once where not; those below its stage in the same way by the other levels. Single pictures go at the same time, each on its own
-    /// thread.
-    fn in_groups(
-        &self,
-        x: &Tensor,
-        pictures: Range<usize>,
-        stages: Range<Stage>,
-        training: bool,
-        levels: &[(Stage, usize)],
-    ) -> Result<Tensor> {
-        let [(from, together), lower @ ..] = levels else {
-            return if pictures.len() == pictures_of(x) { Ok(x.clone()) } else { x.rows(pictures) };
-        };
-        let (split, together) = ((*from).clamp(stages.start, stages.end), *together);
-        let run = |pictures: Range<usize>| {
-            let x = self.in_groups(x, pictures, stages.start..split, training, lower)?;
-            of(split..stages.end).try_fold(x, |x, stage| self.stage(stage, &x, training))
-        };
+    fn stages(&self, x: Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
+        of(stages).try_fold(x, |x, stage| self.stage(stage, &x, training))
+    }
+
+    /// Where pictures do not depend on one another, each thread takes some all the way: what one has computed another need not
+    /// fetch from its caches, and nobody waits.
+    fn backbone_on_cpu(&self, x: &Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
+        let pictures = pictures_of(x);
         let convolutions = || of(stages.clone()).flat_map(|stage| self.convolutions(stage));
-        let whole = stages.is_empty() || pictures.len() <= together || x.device() != Device::Cpu || x.requires_grad();
-        if whole || !convolutions().all(|conv| conv.is_fixed(training)) {
-            return run(pictures);
+        let fixed = !x.requires_grad() && convolutions().all(|conv| conv.is_fixed(training));
+        if stages.is_empty() || pictures < 2 || !fixed {
+            return self.stages(x.clone(), stages, training);
         }
-        if together > 1 {
-            let group = |start: usize| run(start..pictures.end.min(start + together));
-            let starts = pictures.clone().step_by(together);
-            return Ok(Tensor::concatenate(&starts.map(group).collect::<Result<Vec<_>>>()?));
-        }
-        // A thread that waits for a part of its picture may begin another one: it must not meet a filter that it is packing itself.
+        // A thread that waits for a part of its pictures may begin others: it must not meet a filter that it is packing itself.
         convolutions().try_for_each(|conv| conv.prepare(x.dtype()))?;
+        let groups = pictures.div_ceil(TOGETHER).next_multiple_of(rayon::current_num_threads()).min(pictures);
         let recording = autograd::is_enabled();
-        let results = pictures.into_par_iter().with_max_len(1).map(|i| recording_if(recording, || run(i..i + 1)));
+        let run = |group: usize| {
+            let pictures = group * pictures / groups..(group + 1) * pictures / groups;
+            recording_if(recording, || self.group(x, pictures, stages.clone(), training))
+        };
+        let results = (0..groups).into_par_iter().with_max_len(1).map(run);
         Ok(Tensor::concatenate(&results.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// Some stages of some pictures of `x`.
+    fn group(&self, x: &Tensor, pictures: Range<usize>, stages: Range<Stage>, training: bool) -> Result<Tensor> {
+        let split = TOGETHER_FROM.clamp(stages.start, stages.end);
+        let single = |i: usize| self.stages(x.rows(i..i + 1)?, stages.start..split, training);
+        let x = match split > stages.start {
+            true => Tensor::concatenate(&pictures.map(single).collect::<Result<Vec<_>>>()?),
+            false => x.rows(pictures)?,
+        };
+        self.stages(x, split..stages.end, training)
     }
 
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.

@@ -7,7 +7,8 @@
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::ops::RangeInclusive;
+use std::sync::{Mutex, MutexGuard};
 
 /// A cache line, the unit of allocation: its alignment keeps 64-byte vector loads from straddling two lines.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -60,7 +61,30 @@ impl Memory {
 }
 
 /// Free blocks by size in bytes.
-static FREE: Mutex<BTreeMap<usize, Vec<Memory>>> = Mutex::new(BTreeMap::new());
+type Free = BTreeMap<usize, Vec<Memory>>;
+
+/// Free blocks of every thread that computes, after those of all other threads. A thread takes what it has itself let go if it can: that
+/// is still in its caches, whereas lines that another core has written last must first be brought from there.
+static FREE: Mutex<Vec<Free>> = Mutex::new(Vec::new());
+
+/// Which of the lists is this thread's.
+fn own_list() -> usize {
+    rayon::current_thread_index().map_or(0, |index| index + 1)
+}
+
+fn free_blocks() -> MutexGuard<'static, Vec<Free>> {
+    FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The smallest block of `sizes`, of those let go last.
+fn pop(free: &mut Free, sizes: RangeInclusive<usize>) -> Option<Memory> {
+    let (&size, blocks) = free.range_mut(sizes).next()?;
+    let block = blocks.pop();
+    if blocks.is_empty() {
+        free.remove(&size);
+    }
+    block
+}
 
 /// A block of memory that returns to the pool when dropped.
 pub struct Block(Memory);
@@ -69,17 +93,11 @@ impl Block {
     /// At least `bytes` bytes of unspecified content, aligned to 64.
     pub fn take(bytes: usize) -> Block {
         let lines = bytes.div_ceil(size_of::<Line>());
-        let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let least = lines.saturating_mul(size_of::<Line>());
-        let size = free.range(least..=least.saturating_mul(MAX_WASTE)).next().map(|(&size, _)| size);
-        let recycled = size.and_then(|size| {
-            let blocks = free.get_mut(&size)?;
-            let block = blocks.pop();
-            if blocks.is_empty() {
-                free.remove(&size);
-            }
-            block
-        });
+        let sizes = least..=least.saturating_mul(MAX_WASTE);
+        let (own, mut free) = (own_list(), free_blocks());
+        let recycled = free.get_mut(own).and_then(|free| pop(free, sizes.clone()));
+        let recycled = recycled.or_else(|| free.iter_mut().find_map(|free| pop(free, sizes.clone())));
         drop(free);
         Block(recycled.unwrap_or_else(|| Memory::zeroed(lines)))
     }
@@ -100,15 +118,18 @@ impl Drop for Block {
         let memory = std::mem::replace(&mut self.0, Memory::Lines(Vec::new()));
         let size = memory.bytes().len();
         if size > 0 {
-            let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            free.entry(size).or_default().push(memory);
+            let (own, mut free) = (own_list(), free_blocks());
+            if free.len() <= own {
+                free.resize_with(own + 1, Free::new);
+            }
+            free[own].entry(size).or_default().push(memory);
         }
     }
 }
 
 /// Gives every free block back to the operating system: call it between phases whose sizes differ.
 pub fn release_unused() {
-    let blocks = std::mem::take(&mut *FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    let blocks = std::mem::take(&mut *free_blocks());
     drop(blocks);
 }
 
