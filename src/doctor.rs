@@ -160,7 +160,7 @@ pub fn check_cuda(tell: &mut dyn FnMut(Check)) -> Result<()> {
         let compare = |name: &str| Comparison { name: format!("{precision} {name}"), dtype, tolerance };
         let x = [random(&[3, 9, 8, 64], 1), random(&[64], 2), random(&[64], 3), random(&[3, 9, 8, 64], 4)];
         tell(compare("batch norm, residual, ReLU").run(&x, |x| {
-            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: Some(&x[3]), relu: true };
+            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: Some(&x[3]), relu: true, pooling: None };
             Ok(ops::norm_act(&x[0], Statistics::Batch(None), how)?.0)
         })?);
         tell(compare("max pool").run(&x[..1], |x| ops::max_pool2d(&x[0], 3, 2, 1))?);

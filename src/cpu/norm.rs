@@ -53,12 +53,85 @@ pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<
     });
 }
 
+/// [`affine`] without residual, of some rows and on this thread.
+pub(super) fn affine_of_rows<T: Float>(x: &[T], [scale, shift]: [&[f32]; 2], relu: bool, y: &mut [T]) {
+    assert_eq!(x.len(), y.len(), "as many values");
+    by_columns(scale.len(), Affine { x, scale, shift, residual: None, relu, y });
+}
+
+/// What a backward pass knows of the ReLU that the forward pass may have ended in: it lets the gradient pass where its input was
+/// positive.
+#[derive(Clone, Copy)]
+pub enum Gate<'a, T> {
+    /// There was none.
+    Open,
+    /// It gave these.
+    Outputs(&'a [T]),
+    /// Its input was `x * scale + shift`, which takes less time to compute again than to read.
+    Affine([&'a [f32]; 2]),
+}
+
+impl<'a, T: Float> Gate<'a, T> {
+    /// That of some rows.
+    fn rows(self, first: usize, len: usize) -> Self {
+        match self {
+            Gate::Outputs(y) => Gate::Outputs(&y[first..][..len]),
+            gate => gate,
+        }
+    }
+
+    /// Whether it has what so many values and channels ask for.
+    fn fits(&self, values: usize, channels: usize) -> bool {
+        match self {
+            Gate::Open => true,
+            Gate::Outputs(y) => y.len() == values,
+            Gate::Affine(vectors) => vectors.iter().all(|vector| vector.len() == channels),
+        }
+    }
+
+    /// The vectors of `scale` and `shift` of some columns.
+    ///
+    /// # Safety
+    /// There are `V` vectors of channels from `column` on.
+    #[inline(always)]
+    unsafe fn affine<S: Simd, const V: usize>(&self, simd: S, column: usize) -> [[S::V; V]; 2] {
+        match self {
+            // SAFETY: the caller's word.
+            Gate::Affine(vectors) => vectors.map(|vector| unsafe { load(simd, vector.as_ptr().add(column)) }),
+            _ => [[simd.splat(0.0); V]; 2],
+        }
+    }
+
+    /// What it lets pass of `dy`. `x` are the inputs from `at` on, and `affine` is [`Gate::affine`].
+    ///
+    /// # Safety
+    /// There are `V` vectors from `at` on.
+    #[inline(always)]
+    unsafe fn pass<S: Simd, const V: usize>(
+        &self,
+        simd: S,
+        at: usize,
+        x: &[S::V; V],
+        [scale, shift]: &[[S::V; V]; 2],
+        dy: [S::V; V],
+    ) -> [S::V; V] {
+        match self {
+            Gate::Open => dy,
+            Gate::Outputs(y) => {
+                // SAFETY: the caller's word.
+                let y: [S::V; V] = unsafe { load(simd, y.as_ptr().add(at)) };
+                array::from_fn(|v| simd.where_positive(y[v], dy[v]))
+            }
+            Gate::Affine(_) => array::from_fn(|v| simd.where_positive(simd.mul_add(x[v], scale[v], shift[v]), dy[v])),
+        }
+    }
+}
+
 /// What a backward pass sums over the rows: for every channel `g` and `g * (x - mean) * rstd`, the gradients to shift and
-/// scale, where `g` is `dy` or, if the forward pass ended in a ReLU that gave `y`, zero where that is not positive. `dy` becomes
-/// `g`.
+/// scale, where `g` is what the gate lets pass of `dy`. Where it asks for outputs, `dy` becomes `g`.
 pub fn parameter_gradients<T: Float>(
     x: &[T],
-    y: Option<&[T]>,
+    gate: Gate<T>,
     dy: &mut [T],
     [mean, rstd]: [&[f32]; 2],
     dscale: &mut [f32],
@@ -66,13 +139,13 @@ pub fn parameter_gradients<T: Float>(
 ) {
     let channels = mean.len();
     let chunk = chunk_of::<T>(channels);
-    assert!(x.len() == dy.len() && y.is_none_or(|y| y.len() == dy.len()), "as many values");
+    assert!(x.len() == dy.len() && gate.fits(dy.len(), channels), "as many values");
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
     parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks_mut(chunk))).enumerate().for_each(
         |(i, (part, (x, dy)))| {
             let (sums, products) = part.split_at_mut(channels);
-            let y = y.map(|y| &y[i * chunk..][..dy.len()]);
-            by_columns(channels, BackwardSums { x, y, dy, mean, sums, products });
+            let gate = gate.rows(i * chunk, dy.len());
+            by_columns(channels, BackwardSums { x, gate, dy, mean, sums, products });
         },
     );
     for channel in 0..channels {
@@ -82,13 +155,26 @@ pub fn parameter_gradients<T: Float>(
     }
 }
 
-/// `dy = a * dy + b * x + c`, channel by channel.
-pub fn backward_input<T: Float>(x: &[T], [a, b, c]: [&[f32]; 3], dy: &mut [T]) {
+/// `dx = a * g + b * x + c`, channel by channel, where `g` is what the gate lets pass of `dy`, or of what is in `dx`.
+pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, [a, b, c]: [&[f32]; 3], dy: Option<&[T]>, dx: &mut [T]) {
     let chunk = chunk_of::<T>(a.len());
-    assert_eq!(x.len(), dy.len(), "as many values");
-    dy.par_chunks_mut(chunk)
-        .zip(x.par_chunks(chunk))
-        .for_each(|(dy, x)| by_columns(a.len(), BackwardInput { x, a, b, c, dy }));
+    dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (dx, x))| {
+        let (gate, dy) = (gate.rows(i * chunk, dx.len()), dy.map(|dy| &dy[i * chunk..][..dx.len()]));
+        input_gradients_of_rows(x, gate, [a, b, c], dy, dx);
+    });
+}
+
+/// [`backward_input`] of some rows, on this thread.
+pub(super) fn input_gradients_of_rows<T: Float>(
+    x: &[T],
+    gate: Gate<T>,
+    [a, b, c]: [&[f32]; 3],
+    dy: Option<&[T]>,
+    dx: &mut [T],
+) {
+    assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
+    assert!(gate.fits(dx.len(), a.len()), "as many values");
+    by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });
 }
 
 /// For every channel the sum over rows; the gradient to a bias.
@@ -272,7 +358,7 @@ impl<T: Float> Columns for Affine<'_, T> {
 
 struct BackwardSums<'a, T> {
     x: &'a [T],
-    y: Option<&'a [T]>,
+    gate: Gate<'a, T>,
     dy: &'a mut [T],
     mean: &'a [f32],
     sums: &'a mut [f32],
@@ -287,12 +373,12 @@ impl<T: Float> Columns for BackwardSums<'_, T> {
         // SAFETY: the contract.
         unsafe {
             let mean = load::<f32, S, V>(simd, self.mean.as_ptr().add(column));
+            let affine = self.gate.affine::<S, V>(simd, column);
             for at in (column..self.x.len()).step_by(channels) {
                 let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
-                let mut g = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
-                if let Some(y) = self.y {
-                    let y = load::<T, S, V>(simd, y.as_ptr().add(at));
-                    g = array::from_fn(|v| simd.where_positive(y[v], g[v]));
+                let dy = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
+                let g = self.gate.pass(simd, at, &x, &affine, dy);
+                if let Gate::Outputs(_) = self.gate {
                     store(simd, self.dy.as_mut_ptr().add(at), g);
                 }
                 for v in 0..V {
@@ -308,24 +394,29 @@ impl<T: Float> Columns for BackwardSums<'_, T> {
 
 struct BackwardInput<'a, T> {
     x: &'a [T],
+    gate: Gate<'a, T>,
     a: &'a [f32],
     b: &'a [f32],
     c: &'a [f32],
-    dy: &'a mut [T],
+    dy: Option<&'a [T]>,
+    dx: &'a mut [T],
 }
 
 impl<T: Float> Columns for BackwardInput<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let channels = self.a.len();
+        let dx = self.dx.as_mut_ptr();
+        let dy = self.dy.map_or(dx.cast_const(), |dy| dy.as_ptr());
         // SAFETY: the contract.
         unsafe {
             let [a, b, c] = [self.a, self.b, self.c].map(|x| load::<f32, S, V>(simd, x.as_ptr().add(column)));
+            let affine = self.gate.affine::<S, V>(simd, column);
             for at in (column..self.x.len()).step_by(channels) {
                 let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
-                let dy = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
-                let dx = array::from_fn(|v| simd.mul_add(a[v], dy[v], simd.mul_add(b[v], x[v], c[v])));
-                store::<T, S, V>(simd, self.dy.as_mut_ptr().add(at), dx);
+                let g = self.gate.pass(simd, at, &x, &affine, load::<T, S, V>(simd, dy.add(at)));
+                let values = array::from_fn(|v| simd.mul_add(a[v], g[v], simd.mul_add(b[v], x[v], c[v])));
+                store::<T, S, V>(simd, dx.add(at), values);
             }
         }
     }

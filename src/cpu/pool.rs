@@ -83,45 +83,50 @@ pub(super) fn max_pool_row<T: Float>(x: &[T], shape: &PoolShape, row: usize, y: 
 /// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
 /// greater than any number, as in PyTorch.
 pub fn max_pool_with_places<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], places: &mut [u8]) {
-    let ([oh, ow], c) = (shape.output(), shape.c);
-    let rows = y.par_chunks_mut(ow * c).zip(places.par_chunks_mut(ow * c)).enumerate();
+    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
+    let rows = y.par_chunks_mut(ow * shape.c).zip(places.par_chunks_mut(ow * shape.c)).enumerate();
     rows.for_each(|(row, (y, places))| {
-        let (n, oy) = (row / oh, row % oh);
-        T::write(y, |y| {
-            y.fill(f32::NEG_INFINITY);
-            places.fill(u8::MAX);
-            for (ky, iy) in shape.covered_places(oy, shape.h) {
-                T::read(&x[(n * shape.h + iy) * shape.w * c..][..shape.w * c], |x| {
-                    for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
-                        for (kx, ix) in shape.covered_places(ox, shape.w) {
-                            take_maximum(&x[ix * c..][..c], (ky * shape.kernel + kx) as u8, y, places);
-                        }
-                    }
-                });
-            }
-        });
+        let image = &x[row / oh * shape.h * row_len..][..shape.h * row_len];
+        max_pool_row_with_places(&image[shape.rows(row % oh).start * row_len..], shape, row % oh, y, places);
+    });
+}
+
+/// A row of [`max_pool_with_places`] from the rows of an image that it covers, the first of which `x` begins with.
+pub(super) fn max_pool_row_with_places<T: Float>(
+    x: &[T],
+    shape: &PoolShape,
+    row: usize,
+    y: &mut [T],
+    places: &mut [u8],
+) {
+    let c = shape.c;
+    T::write(y, |y| {
+        y.fill(f32::NEG_INFINITY);
+        places.fill(u8::MAX);
+        for ((ky, _), x) in shape.covered_places(row, shape.h).zip(x.chunks_exact(shape.w * c)) {
+            T::read(x, |x| take_maxima_of_row(x, ky, shape, y, places));
+        }
     });
 }
 
 /// Gradient to the input: each input position collects from the windows it is the maximum of.
 pub fn max_pool_backward<T: Float>(dy: &[T], places: &[u8], shape: &PoolShape, dx: &mut [T]) {
+    let image = shape.output().iter().product::<usize>() * shape.c;
+    dx.par_chunks_mut(shape.w * shape.c).enumerate().for_each(|(row, dx)| {
+        let image = row / shape.h * image..(row / shape.h + 1) * image;
+        max_pool_backward_row(&dy[image.clone()], &places[image], shape, row % shape.h, dx);
+    });
+}
+
+/// A row of [`max_pool_backward`]; `dy` and `places` are those of its image.
+pub(super) fn max_pool_backward_row<T: Float>(dy: &[T], places: &[u8], shape: &PoolShape, row: usize, dx: &mut [T]) {
     let ([oh, ow], c) = (shape.output(), shape.c);
-    dx.par_chunks_mut(shape.w * c).enumerate().for_each(|(row, dx)| {
-        let (n, iy) = (row / shape.h, row % shape.h);
-        T::write(dx, |dx| {
-            dx.fill(0.0);
-            for (ky, oy) in shape.covering(iy, oh) {
-                let begin = (n * oh + oy) * ow * c;
-                T::read(&dy[begin..][..ow * c], |dy| {
-                    for (ix, dx) in dx.chunks_exact_mut(c).enumerate() {
-                        for (kx, ox) in shape.covering(ix, ow) {
-                            let place = (ky * shape.kernel + kx) as u8;
-                            add_where(&dy[ox * c..][..c], &places[begin + ox * c..][..c], place, dx);
-                        }
-                    }
-                });
-            }
-        });
+    T::write(dx, |dx| {
+        dx.fill(0.0);
+        for (ky, oy) in shape.covering(row, oh) {
+            let places = &places[oy * ow * c..][..ow * c];
+            T::read(&dy[oy * ow * c..][..ow * c], |dy| add_to_maxima_of_row(dy, places, ky, shape, dx));
+        }
     });
 }
 
@@ -168,18 +173,32 @@ vectorised! {
         }
     }
 
-    fn take_maximum(x: &[f32], place: u8, y: &mut [f32], places: &mut [u8]) {
-        for ((y, places), &x) in y.iter_mut().zip(places).zip(x) {
-            // The first place is taken whatever it holds, so that a window of -inf has a maximum too.
-            let greater = x > *y || x.is_nan() || *places == u8::MAX;
-            *y = if greater { x } else { *y };
-            *places = if greater { place } else { *places };
+    /// Of the pixels of the row at place `ky` of the windows, each that is greater than the window's maximum.
+    fn take_maxima_of_row(x: &[f32], ky: usize, shape: &PoolShape, y: &mut [f32], places: &mut [u8]) {
+        let c = shape.c;
+        for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
+            for (kx, ix) in shape.covered_places(ox, shape.w) {
+                let place = (ky * shape.kernel + kx) as u8;
+                for ((y, places), &x) in y.iter_mut().zip(&mut *places).zip(&x[ix * c..][..c]) {
+                    // The first place is taken whatever it holds, so that a window of -inf has a maximum too.
+                    let greater = x > *y || x.is_nan() || *places == u8::MAX;
+                    *y = if greater { x } else { *y };
+                    *places = if greater { place } else { *places };
+                }
+            }
         }
     }
 
-    fn add_where(dy: &[f32], places: &[u8], place: u8, dx: &mut [f32]) {
-        for ((dx, &dy), &p) in dx.iter_mut().zip(dy).zip(places) {
-            *dx += if p == place { dy } else { 0.0 };
+    /// Adds a row of windows' gradients to the pixels, of the row at place `ky`, that they took.
+    fn add_to_maxima_of_row(dy: &[f32], places: &[u8], ky: usize, shape: &PoolShape, dx: &mut [f32]) {
+        let (c, [_, ow]) = (shape.c, shape.output());
+        for (ix, dx) in dx.chunks_exact_mut(c).enumerate() {
+            for (kx, ox) in shape.covering(ix, ow) {
+                let (place, at) = ((ky * shape.kernel + kx) as u8, ox * c..(ox + 1) * c);
+                for ((dx, &dy), &p) in dx.iter_mut().zip(&dy[at.clone()]).zip(&places[at]) {
+                    *dx += if p == place { dy } else { 0.0 };
+                }
+            }
         }
     }
 

@@ -129,17 +129,16 @@ impl BatchNorm2d {
         training && self.batch_statistics.load(Ordering::Relaxed)
     }
 
-    /// `act(norm(x) + residual)`; `taken` are the batch's statistics if the convolution before has them.
+    /// `act(norm(x) + residual)`, pooled if asked for; `taken` are the batch's statistics if the convolution before has them.
     fn forward(
         &self,
         x: &Tensor,
         taken: Option<BatchStatistics>,
-        residual: Option<&Tensor>,
-        relu: bool,
+        Then { residual, relu, pooling }: Then,
         training: bool,
     ) -> Result<Tensor> {
         let (gamma, beta) = (&self.weight.tensor(), &self.bias.tensor());
-        let how = Norm { gamma, beta, eps: EPS, residual, relu };
+        let how = Norm { gamma, beta, eps: EPS, residual, relu, pooling };
         if !self.takes_batch_statistics(training) {
             let (mean, variance) = (&self.running_mean.tensor(), &self.running_var.tensor());
             return Ok(ops::norm_act(x, Statistics::Stored(mean, variance), how)?.0);
@@ -168,6 +167,15 @@ impl BatchNorm2d {
         let (gamma, beta, mean) = (values(&self.weight)?, values(&self.bias)?, values(&self.running_mean)?);
         Ok(ops::scale_and_shift(&gamma, &beta, &mean, &rstd))
     }
+}
+
+/// What comes after a norm, in this order.
+#[derive(Clone, Copy)]
+struct Then<'a> {
+    residual: Option<&'a Tensor>,
+    relu: bool,
+    /// Extent of the windows, stride and padding.
+    pooling: Option<[usize; 3]>,
 }
 
 /// A convolution without bias and the batch norm after it, the unit that residual networks are made of.
@@ -217,22 +225,26 @@ impl ConvBn {
         if !inputs_need && self.is_fixed(training) {
             return ops::fused_conv2d(x, &*self.fused(x.dtype())?, residual, relu);
         }
+        self.forward_apart(x, Then { residual, relu, pooling: None }, training)
+    }
+
+    /// The convolution, then the norm with what comes after it.
+    fn forward_apart(&self, x: &Tensor, then: Then, training: bool) -> Result<Tensor> {
         let weight = self.weight.tensor();
         let (y, taken) = match self.bn.takes_batch_statistics(training) {
             true => ops::conv2d_with_statistics(x, &weight, self.params)?,
             false => (ops::conv2d(x, &weight, None, self.params)?, None),
         };
-        self.bn.forward(&y, taken, residual, relu, training)
+        self.bn.forward(&y, taken, then, training)
     }
 
-    /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel; `pooling` is the windows' extent, stride and
+    /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel, else in two; `pooling` is the windows' extent, stride and
     /// padding.
     pub fn forward_max_pool(&self, x: &Tensor, pooling: [usize; 3], training: bool) -> Result<Tensor> {
         if !x.requires_grad() && self.is_fixed(training) {
             return ops::fused_conv2d_max_pool(x, &*self.fused(x.dtype())?, true, pooling);
         }
-        let [kernel, stride, padding] = pooling;
-        ops::max_pool2d(&self.forward(x, None, true, training)?, kernel, stride, padding)
+        self.forward_apart(x, Then { residual: None, relu: true, pooling: Some(pooling) }, training)
     }
 
     /// Whether it is the same map for every picture, and nothing of it is trained.

@@ -6,12 +6,16 @@
 //! stored statistics they are constants, and `dx = gamma / sqrt(var + eps) * g`. Either way `dgamma = sum(g * xhat)`,
 //! `dbeta = sum(g)` and `dresidual = g`.
 
+use super::pool::{max_pool2d, pool_shape};
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::{Float, elementwise, norm};
+use crate::cpu::norm::{self, Gate};
+use crate::cpu::norm_pool;
+use crate::cpu::pool::PoolShape;
+use crate::cpu::{Float, elementwise};
 use crate::cuda;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Tensor, with_float};
+use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
 
 /// Statistics of a batch, for the running averages.
 #[derive(Clone)]
@@ -44,13 +48,16 @@ pub struct Norm<'a> {
     pub eps: f32,
     /// Added to the result, shaped as it.
     pub residual: Option<&'a Tensor>,
-    /// Whether a ReLU comes last.
+    /// Whether a ReLU comes after that.
     pub relu: bool,
+    /// The max pooling of `[N, H, W, C]` that comes last: extent of the windows, stride and padding.
+    pub pooling: Option<[usize; 3]>,
 }
 
 /// Normalises by the statistics of `x` itself, and returns them. `gamma` and `beta` are `[C]`.
 pub fn batch_norm(x: &Tensor, gamma: &Tensor, beta: &Tensor, eps: f32) -> Result<(Tensor, BatchStatistics)> {
-    let (y, statistics) = norm_act(x, Statistics::Batch(None), Norm { gamma, beta, eps, residual: None, relu: false })?;
+    let (y, statistics) =
+        norm_act(x, Statistics::Batch(None), Norm { gamma, beta, eps, residual: None, relu: false, pooling: None })?;
     Ok((y, statistics.expect("batch statistics were asked for")))
 }
 
@@ -63,11 +70,11 @@ pub fn batch_norm_stored(
     variance: &Tensor,
     eps: f32,
 ) -> Result<Tensor> {
-    let how = Norm { gamma, beta, eps, residual: None, relu: false };
+    let how = Norm { gamma, beta, eps, residual: None, relu: false, pooling: None };
     Ok(norm_act(x, Statistics::Stored(mean, variance), how)?.0)
 }
 
-/// Normalises, adds the residual and applies the ReLU, in one pass; returns the batch's statistics if it used them.
+/// Normalises, adds the residual, applies the ReLU and pools, in one pass on the CPU, but for pooling after a residual; returns the batch's statistics if it used them.
 pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option<BatchStatistics>)> {
     let channels = check(x, &how)?;
     let statistics = match by {
@@ -135,13 +142,39 @@ pub(crate) fn reciprocal_deviation(variance: &[f32], eps: f32) -> Vec<f32> {
 
 /// Normalises and records. `count` is the number of rows if the statistics are those of `x`.
 fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<usize>) -> Result<Tensor> {
-    let Norm { gamma, beta, eps, residual, relu } = how;
+    let Norm { gamma, beta, eps, residual, relu, pooling } = how;
+    if let Some([kernel, stride, padding]) = pooling
+        && (x.device() == Device::Cuda || residual.is_some())
+    {
+        let y = apply(x, mean, variance, Norm { pooling: None, ..how }, count)?;
+        return max_pool2d(&y, kernel, stride, padding);
+    }
+    let shape = pooling.map(|[kernel, stride, padding]| pool_shape(x.dims(), kernel, stride, padding)).transpose()?;
+    let (mut pooled, dims) = (None, x.shape().clone());
     let y = match x.device() {
-        Device::Cpu => with_float!(x.dtype(), T => Tensor::build(x.shape().clone(), |y| {
+        Device::Cpu => with_float!(x.dtype(), T => {
             let rstd = reciprocal_deviation(variance.as_slice(), eps);
             let (scale, shift) = scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd);
-            norm::affine::<T>(x.as_slice(), &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
-        })),
+            let x = x.as_slice::<T>();
+            match shape {
+                None => Tensor::build(dims, |y| {
+                    norm::affine(x, &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
+                }),
+                Some(shape) => {
+                    let ([oh, ow], signs) = (shape.output(), norm_pool::signs(&scale));
+                    let dims = [shape.n, oh, ow, shape.c];
+                    let mut places = CpuBuffer::take::<u8>(dims.iter().product());
+                    let maxima = Tensor::build(dims, |maxima: &mut [T]| {
+                        norm_pool::signed_max_pool(x, &signs, &shape, maxima, places.as_mut_slice());
+                    });
+                    let y = Tensor::build(dims, |y| {
+                        norm::affine::<T>(maxima.as_slice(), &product(&scale, &signs), &shift, None, relu, y);
+                    });
+                    pooled = Some(Pooled { maxima, places, shape });
+                    y
+                }
+            }
+        }),
         Device::Cuda => {
             let affine = cuda::norm::Affine { gamma, beta, mean, variance, eps };
             cuda::norm::normalise(x, affine, residual, relu)?
@@ -152,7 +185,9 @@ fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<
         let saved = Saved {
             x: x.detach(),
             // The next layer keeps it as well; where it is positive the ReLU lets pass.
-            y: relu.then(|| y.clone()),
+            y: (relu && (residual.is_some() || x.device() == Device::Cuda)).then(|| y.clone()),
+            relu,
+            pooled,
             gamma: gamma.detach(),
             beta: beta.detach(),
             mean: mean.detach(),
@@ -167,10 +202,20 @@ fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<
     }))
 }
 
+/// What was pooled: [`norm_pool::signed_max_pool`] of the input.
+struct Pooled {
+    maxima: Tensor,
+    places: CpuBuffer,
+    shape: PoolShape,
+}
+
 /// What the backward pass reads.
 struct Saved {
     x: Tensor,
+    /// What the ReLU gave, if that is not a function of `x` alone.
     y: Option<Tensor>,
+    relu: bool,
+    pooled: Option<Pooled>,
     gamma: Tensor,
     beta: Tensor,
     mean: Tensor,
@@ -184,21 +229,54 @@ impl Saved {
         let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
         let (channels, rstd) = (mean.len(), reciprocal_deviation(self.variance.as_slice(), self.eps));
         let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
+        let (scale, shift) = scale_and_shift(gamma, self.beta.as_slice(), mean, &rstd);
+        let (x, mut gate) = (self.x.as_slice::<T>(), Gate::Open);
+        if let Some(y) = &self.y {
+            gate = Gate::Outputs(y.as_slice());
+        } else if self.relu {
+            gate = Gate::Affine([&scale, &shift]);
+        }
         // Batch statistics need both sums for the input's gradient as well.
         let sums_are_needed = self.count.is_some() || needs[1] || needs[2];
-        let y = self.y.as_ref().map(|y| y.as_slice::<T>());
-        let g = match y {
-            None if !sums_are_needed => dy,
-            Some(y) if !sums_are_needed => dy.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy)),
-            _ => dy.map_in_place(|dy| {
-                norm::parameter_gradients(self.x.as_slice(), y, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
-            }),
-        };
-        let dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
-        let dx = needs[0].then(|| {
-            let [a, b, c] = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
-            g.map_in_place(|g| norm::backward_input::<T>(self.x.as_slice(), [&a, &b, &c], g))
-        });
+        let factors = |dgamma: &[f32], dbeta: &[f32]| input_factors(gamma, mean, &rstd, dgamma, dbeta, self.count);
+        let dx;
+        let mut dresidual = None;
+        if let Some(Pooled { maxima, places, shape }) = &self.pooled {
+            let mut dy = dy;
+            if sums_are_needed {
+                let signs = norm_pool::signs(&scale);
+                let (scale, mean) = (product(&scale, &signs), product(mean, &signs));
+                let gate = if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
+                dy = dy.map_in_place(|dy| {
+                    let x = maxima.as_slice::<T>();
+                    norm::parameter_gradients(x, gate, dy, [&mean, &rstd], &mut dgamma, &mut dbeta);
+                });
+                dgamma = product(&dgamma, &signs);
+            }
+            dx = needs[0].then(|| {
+                let ([a, b, c], dy) = (factors(&dgamma, &dbeta), (dy.as_slice(), places.as_slice()));
+                Tensor::build(self.x.shape().clone(), |dx| {
+                    norm_pool::backward_input(x, gate, [&a, &b, &c], dy, shape, dx);
+                })
+            });
+        } else {
+            let mut g = dy;
+            if sums_are_needed {
+                g = g.map_in_place(|dy| {
+                    norm::parameter_gradients(x, gate, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
+                });
+            } else if let Gate::Outputs(y) = gate {
+                g = g.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy));
+            }
+            if self.y.is_some() {
+                gate = Gate::Open;
+            }
+            dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
+            dx = needs[0].then(|| {
+                let [a, b, c] = factors(&dgamma, &dbeta);
+                g.replaced(|dy, dx| norm::backward_input(x, gate, [&a, &b, &c], dy, dx))
+            });
+        }
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
         let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;
         let dbeta = needs[2].then(|| vector(dbeta)).transpose()?;
@@ -230,6 +308,11 @@ impl Saved {
     }
 }
 
+/// Element by element.
+fn product(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a * b).collect()
+}
+
 /// The affine map that normalisation amounts to once the statistics are known.
 pub(crate) fn scale_and_shift(gamma: &[f32], beta: &[f32], mean: &[f32], rstd: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let scale: Vec<f32> = gamma.iter().zip(rstd).map(|(g, r)| g * r).collect();
@@ -238,7 +321,7 @@ pub(crate) fn scale_and_shift(gamma: &[f32], beta: &[f32], mean: &[f32], rstd: &
 }
 
 /// `a`, `b`, `c` of `dx = a * dy + b * x + c`, the gradient above with its terms collected.
-fn input_coefficients(
+fn input_factors(
     gamma: &[f32],
     mean: &[f32],
     rstd: &[f32],

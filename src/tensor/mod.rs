@@ -228,8 +228,7 @@ impl Tensor {
         let range = rows.start * row..rows.end * row;
         match &**self.storage() {
             Storage::Cuda(buffer) => Ok(Self::from_cuda(&dims, buffer.part(range.start, range.len())?)),
-            Storage::Cpu(_) if self.dtype() == DType::I64 => Self::from_slice(&self.as_slice::<i64>()[range], dims),
-            Storage::Cpu(_) => with_float!(self.dtype(), T => Self::from_slice(&self.as_slice::<T>()[range], dims)),
+            Storage::Cpu(buffer) => Ok(Self::from_buffer(dims, buffer.part(range))),
         }
     }
 
@@ -299,8 +298,8 @@ impl Tensor {
     pub(crate) fn into_unique_buffer(self) -> std::result::Result<CpuBuffer, Tensor> {
         let inner = Arc::try_unwrap(self.0).map_err(Tensor)?;
         match Arc::try_unwrap(inner.storage) {
-            Ok(Storage::Cpu(buffer)) => Ok(buffer),
-            Ok(on_card) => Err(Self::from_parts(inner.id, inner.shape, Arc::new(on_card), inner.history)),
+            Ok(Storage::Cpu(buffer)) if buffer.is_unique() => Ok(buffer),
+            Ok(shared) => Err(Self::from_parts(inner.id, inner.shape, Arc::new(shared), inner.history)),
             Err(storage) => Err(Self::from_parts(inner.id, inner.shape, storage, inner.history)),
         }
     }
@@ -308,13 +307,25 @@ impl Tensor {
     /// A tensor like this one whose elements `change` has altered in place: in this very buffer if nothing else shares
     /// it, in a copy otherwise. The history is dropped.
     pub(crate) fn map_in_place<T: Element>(self, change: impl FnOnce(&mut [T])) -> Tensor {
+        self.replaced(|shared, elements| {
+            if let Some(shared) = shared {
+                elements.copy_from_slice(shared);
+            }
+            change(elements);
+        })
+    }
+
+    /// A tensor like this one with elements that `replace` computes from its own: where they are to go if nothing else shares the
+    /// buffer, else from those that it is given. The history is dropped.
+    pub(crate) fn replaced<T: Element>(self, replace: impl FnOnce(Option<&[T]>, &mut [T])) -> Tensor {
         let shape = self.shape().clone();
-        let mut buffer = match self.into_unique_buffer() {
-            Ok(buffer) => buffer,
-            Err(shared) => CpuBuffer::from_slice(shared.as_slice::<T>()),
-        };
-        change(buffer.as_mut_slice());
-        Tensor::from_buffer(shape, buffer)
+        match self.into_unique_buffer() {
+            Ok(mut buffer) => {
+                replace(None, buffer.as_mut_slice());
+                Tensor::from_buffer(shape, buffer)
+            }
+            Err(shared) => Tensor::build(shape, |elements| replace(Some(shared.as_slice()), elements)),
+        }
     }
 }
 

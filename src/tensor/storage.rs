@@ -3,6 +3,8 @@
 use super::dtype::{DType, Element};
 use super::pool::Block;
 use crate::cuda::CudaBuffer;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// A place where tensors live and operations run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -50,17 +52,18 @@ impl Storage {
     }
 }
 
-/// A typed, contiguous, 64-byte-aligned buffer from the pool.
+/// A typed, contiguous buffer from the pool, or a part of one.
 pub struct CpuBuffer {
-    block: Block,
+    block: Arc<Block>,
     dtype: DType,
-    len: usize,
+    /// Elements of the block.
+    range: Range<usize>,
 }
 
 impl CpuBuffer {
-    /// `len` elements of unspecified content, for a kernel to fill.
+    /// `len` elements of unspecified content, aligned to 64 bytes, for a kernel to fill.
     pub fn take<T: Element>(len: usize) -> Self {
-        CpuBuffer { block: Block::take(len * size_of::<T>()), dtype: T::DTYPE, len }
+        CpuBuffer { block: Arc::new(Block::take(len * size_of::<T>())), dtype: T::DTYPE, range: 0..len }
     }
 
     /// A copy of `values`.
@@ -70,15 +73,28 @@ impl CpuBuffer {
         buffer
     }
 
+    /// Some of its elements, which it shares.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.range.len(), "a part of a buffer");
+        let range = self.range.start + range.start..self.range.start + range.end;
+        CpuBuffer { block: self.block.clone(), dtype: self.dtype, range }
+    }
+
+    /// Whether no other buffer shares its elements.
+    pub fn is_unique(&self) -> bool {
+        Arc::strong_count(&self.block) == 1
+    }
+
     /// The elements. Panics if `T` is not its type: operations check types before they run kernels.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "element type of a buffer");
-        self.block.as_slice(self.len)
+        &self.block.as_slice(self.range.end)[self.range.start..]
     }
 
-    /// The elements, to write to. Panics if `T` is not its type.
+    /// The elements, to write to. Panics if `T` is not its type, or if another buffer shares them.
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         assert_eq!(T::DTYPE, self.dtype, "element type of a buffer");
-        self.block.as_mut_slice(self.len)
+        let block = Arc::get_mut(&mut self.block).expect("a buffer that is not shared");
+        &mut block.as_mut_slice(self.range.end)[self.range.start..]
     }
 }

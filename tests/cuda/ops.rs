@@ -88,7 +88,7 @@ proptest! {
         // Rounded to 8 bits, a large mean would leave little of the deviations.
         prop_assume!(!narrow || offset.abs() < 1.0);
         compare_as(dtype, &inputs, tolerance, |x| {
-            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: x.get(3), relu };
+            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: x.get(3), relu, pooling: None };
             Ok(ops::norm_act(&x[0], Statistics::Batch(None), how)?.0)
         });
     }
@@ -101,7 +101,7 @@ proptest! {
         let apart = Tensor::from_slice(&apart, dims).unwrap();
         let x = ops::add(&ops::scale(&random(&dims, 1), 0.3).unwrap(), &apart).unwrap();
         compare(&[x, random(&[channels], 2), random(&[channels], 3)], 3e-5, |x| {
-            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: None, relu };
+            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: None, relu, pooling: None };
             Ok(ops::norm_act(&x[0], Statistics::Batch(None), how)?.0)
         });
     }
@@ -115,7 +115,7 @@ proptest! {
         inputs.push(Tensor::from_slice(&variance, [channels]).unwrap());
         inputs.extend(residual.then(|| random(&dims, 6)));
         compare(&inputs, 1e-5, |x| {
-            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: x.get(5), relu };
+            let how = Norm { gamma: &x[1], beta: &x[2], eps: 1e-5, residual: x.get(5), relu, pooling: None };
             Ok(ops::norm_act(&x[0], Statistics::Stored(&x[3].detach(), &x[4].detach()), how)?.0)
         });
     }

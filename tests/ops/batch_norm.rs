@@ -1,6 +1,6 @@
 use crate::support::*;
-use hone::Tensor;
-use hone::ops::{batch_norm, batch_norm_stored};
+use hone::ops::{Norm, Statistics, batch_norm, batch_norm_stored, max_pool2d, norm_act};
+use hone::{DType, Tensor};
 use proptest::prelude::*;
 
 const EPS: f32 = 1e-5;
@@ -43,6 +43,42 @@ proptest! {
         assert_close(statistics.variance.as_slice(), &moments.iter().map(|m| m.1).collect::<Vec<_>>(), 1e-4, "variance");
         assert_close(y.as_slice(), &want, 1e-3, "output");
     }
+
+    /// Normalised and pooled in one pass: the same bits as one after the other, and the same gradients.
+    #[test]
+    fn pooled_in_one_pass(
+        n in 1usize..3, h in 2usize..24, w in 2usize..12, channels in prop::sample::select(vec![1, 3, 16, 64, 70]),
+        k in 1usize..5, s in 1usize..4, relu in any::<bool>(), by_batch in any::<bool>(), with_residual in any::<bool>(),
+        bf16 in any::<bool>(),
+    ) {
+        prop_assume!(h + k / 2 * 2 >= k && w + k / 2 * 2 >= k);
+        let dtype = if bf16 { DType::BF16 } else { DType::F32 };
+        // Scales of either sign.
+        let leaf = |dims: &[usize], seed: u64, dtype| tensor(dims, seed).to_dtype(dtype).unwrap().leaf();
+        let (x, gamma, beta) =
+            (leaf(&[n, h, w, channels], 1, dtype), leaf(&[channels], 2, DType::F32), leaf(&[channels], 3, DType::F32));
+        let residual = with_residual.then(|| leaf(&[n, h, w, channels], 4, dtype));
+        let (mean, variance) = (tensor(&[channels], 5), Tensor::full([channels], 0.7f32));
+        let run = |pooling: Option<[usize; 3]>| {
+            let by = if by_batch { Statistics::Batch(None) } else { Statistics::Stored(&mean, &variance) };
+            let residual = residual.as_ref();
+            norm_act(&x, by, Norm { gamma: &gamma, beta: &beta, eps: EPS, residual, relu, pooling }).unwrap().0
+        };
+        let (got, want) = (run(Some([k, s, k / 2])), max_pool2d(&run(None), k, s, k / 2).unwrap());
+        prop_assert_eq!(got.dims(), want.dims());
+        prop_assert_eq!(got.to_f32_vec().unwrap(), want.to_f32_vec().unwrap());
+        if bf16 {
+            // Rounding makes results equal whose inputs are not, and then another may be the first of them.
+            return Ok(());
+        }
+        let dy = tensor(got.dims(), 6);
+        let [got, want] = [got, want].map(|y| y.backward_with(dy.clone()).unwrap());
+        for (what, leaf) in [("dx", Some(&x)), ("dgamma", Some(&gamma)), ("dbeta", Some(&beta)), ("dresidual", residual.as_ref())] {
+            let Some(leaf) = leaf else { continue };
+            let [got, want] = [&got, &want].map(|gradients| gradients.get(leaf).unwrap().to_vec::<f32>());
+            assert_close(&got, &widen(&want), 1e-5, what);
+        }
+    }
 }
 
 #[test]
@@ -63,6 +99,12 @@ fn gradients() {
     check_gradients(&inputs, 1e-2, 2e-3, |x| Ok(batch_norm(&x[0], &x[1], &x[2], EPS)?.0));
     let (mean, variance) = (tensor(&[3], 4), Tensor::from_slice(&[0.5f32, 1.5, 0.1], [3]).unwrap());
     check_gradients(&inputs, 0.25, 1e-4, |x| batch_norm_stored(&x[0], &x[1], &x[2], &mean, &variance, EPS));
+    // Small steps, so that each window keeps its maximum.
+    let inputs = [tensor(&[2, 5, 4, 3], 1), tensor(&[3], 2), tensor(&[3], 3)];
+    check_gradients(&inputs, 1e-3, 1e-2, |x| {
+        let how = Norm { gamma: &x[1], beta: &x[2], eps: EPS, residual: None, relu: false, pooling: Some([3, 2, 1]) };
+        Ok(norm_act(&x[0], Statistics::Batch(None), how)?.0)
+    });
 }
 
 #[test]

@@ -13,6 +13,9 @@ pub(super) trait Source<S: Simd>: Copy {
     fn has_column(&self, _j: usize) -> bool {
         true
     }
+    /// Asks for a column of what will be transformed next.
+    #[inline(always)]
+    fn prefetch(&self, _simd: S, _j: usize) {}
     /// # Safety
     /// As the source says; there is such a column.
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V;
@@ -30,6 +33,8 @@ pub(super) trait Sink<S: Simd> {
 pub(super) struct Pixels<'a, T> {
     /// Has a vector from `channel` on.
     pub window: &'a Window<'a, T>,
+    /// What will be transformed next, and its rows.
+    pub next: (&'a Window<'a, T>, usize),
     pub channel: usize,
 }
 
@@ -37,6 +42,11 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     #[inline(always)]
     fn has_column(&self, j: usize) -> bool {
         self.window.has_column(j)
+    }
+    #[inline(always)]
+    fn prefetch(&self, simd: S, j: usize) {
+        let (next, rows) = self.next;
+        next.prefetch(simd, rows, j, self.channel);
     }
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
@@ -125,6 +135,7 @@ pub(super) unsafe fn along_both<X: Transform, S: Simd>(
     sink: impl Sink<S>,
 ) {
     for j in 0..X::VALUES {
+        source.prefetch(simd, j);
         let results = match source.has_column(j) {
             true => {
                 // SAFETY: the contract.

@@ -19,15 +19,14 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. But where the sums are
-/// large, adding to them takes longer than reading tiles from memory: then so many times the sums.
-const TRANSFORMED: usize = 12 << 20;
-const TIMES_THE_SUMS: usize = 4;
+/// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. As many as the sums take, if
+/// that is more: otherwise adding to these would take longer.
+const TRANSFORMED: usize = 8 << 20;
 /// Filters whose sums at all positions a task computes, where there are enough such tasks: they stay in L2.
 const BLOCK_FILTERS: usize = 32;
 const TASKS: usize = 8;
 /// Words of tiles a task transforms.
-const BLOCK_WORDS: usize = 16;
+const BLOCK_WORDS: usize = 8;
 
 /// With more channels than these, of input or output, sums take longer to transform than few tiles take to multiply; and where
 /// few pixels are summed, what is exactly zero should stay so: an optimiser that divides by the size of a gradient would make steps
@@ -80,7 +79,7 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let width = isa.tile_columns();
     let panels = c.div_ceil(width);
     let sums_len = all * panels * o * width;
-    let together = TRANSFORMED.max(TIMES_THE_SUMS * sums_len * size_of::<f32>());
+    let together = TRANSFORMED.max(sums_len * size_of::<f32>());
     let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
     let words = part.div_ceil(W::PER_WORD);
     let mut inputs = Scratch::<W>::take(all * panels * words * width * W::PER_WORD);
@@ -177,19 +176,28 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
         let inputs_len = c.div_ceil(width) * self.words * width * W::PER_WORD;
         let gradients_len = self.words * o * W::PER_WORD;
         let mut rooms = [Room::new(), Room::new()];
+        let inputs_of =
+            |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
+        let gradients_of =
+            |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.gradients_of(tile)));
         for word in self.block.clone() {
-            // The first and the last tile of a word; one beyond the last is zero.
-            let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
-            let tiles = [tile(0), tile(W::PER_WORD - 1)];
-            let inputs = tiles.map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
-            let gradients = tiles.map(|tile| tile.map_or(Window::empty(), |tile| self.gradients_of(tile)));
+            let next = self.block.end.min(word + 2) - 1;
+            let [inputs, next_inputs] = [inputs_of(word), inputs_of(next)];
+            let [gradients, next_gradients] = [gradients_of(word), gradients_of(next)];
+            let pixels = |i: usize, channel: usize| Pixels {
+                window: &inputs[i],
+                next: (&next_inputs[i], slots_of::<M>()),
+                channel,
+            };
+            let outputs =
+                |i: usize, channel: usize| Pixels { window: &gradients[i], next: (&next_gradients[i], M), channel };
             for channel in (0..c).step_by(S::LANES) {
                 let at = (channel / width * self.words + word) * width + channel % width;
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
                 unsafe {
                     let first = self.inputs.pointer().add(at * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
-                    let tiles = inputs.each_ref().map(|window| Pixels { window, channel });
+                    let tiles = [pixels(0, channel), pixels(1, channel)];
                     transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
@@ -198,7 +206,7 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
                 unsafe {
                     let first = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
-                    let tiles = gradients.each_ref().map(|window| Pixels { window, channel });
+                    let tiles = [outputs(0, channel), outputs(1, channel)];
                     transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words);
                 }
             }
@@ -207,6 +215,13 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
 }
 
 impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
+    /// The first and the last tile of a word; there is none beyond the last.
+    #[inline(always)]
+    fn tiles_of(&self, word: usize) -> [Option<usize>; 2] {
+        let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
+        [tile(0), tile(W::PER_WORD - 1)]
+    }
+
     /// What a tile sees of the input.
     #[inline(always)]
     fn inputs_of(&self, tile: usize) -> Window<'_, T> {

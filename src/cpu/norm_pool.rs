@@ -1,0 +1,49 @@
+//! Batch normalisation, ReLU and max pooling of `[n, h, w, c]` in one pass: what follows the first convolution.
+//!
+//! Its results are the network's largest, and pooling keeps a quarter of them. Normalisation and ReLU keep the order of a channel's values,
+//! or turn it round where the scale is negative: so it is values times the sign of the scale that are pooled, and only the maxima are
+//! normalised. On the way back sums over them are all that the parameters' gradients take.
+
+use super::float::Float;
+use super::norm::{self, Gate};
+use super::pool::{PoolShape, max_pool_backward_row, max_pool_row_with_places};
+use crate::tensor::pool::Scratch;
+use rayon::prelude::*;
+
+/// 1 or -1 for every channel, with which its scale is not negative.
+pub fn signs(scale: &[f32]) -> Vec<f32> {
+    scale.iter().map(|&scale| if scale < 0.0 { -1.0 } else { 1.0 }).collect()
+}
+
+/// The maxima of `x * signs` in each window, and the place in it that each comes from, as [`super::pool::max_pool_with_places`] has it.
+pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxima: &mut [T], places: &mut [u8]) {
+    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
+    let (out_len, zeros) = (ow * shape.c, vec![0.0; shape.c]);
+    assert!(x.len() == shape.n * shape.h * row_len && maxima.len() == shape.n * oh * out_len, "buffers fit the shape");
+    maxima.par_chunks_mut(out_len).zip(places.par_chunks_mut(out_len)).enumerate().for_each(|(i, (maxima, places))| {
+        let (image, row) = (i / oh, i % oh);
+        let rows = shape.rows(row);
+        let mut signed = Scratch::<T>::take(rows.len() * row_len);
+        let x = &x[(image * shape.h + rows.start) * row_len..(image * shape.h + rows.end) * row_len];
+        norm::affine_of_rows(x, [signs, &zeros], false, &mut signed);
+        max_pool_row_with_places(&signed, shape, row, maxima, places);
+    });
+}
+
+/// [`norm::backward_input`] of what was pooled, from the gradient of the maxima and their places.
+pub fn backward_input<T: Float>(
+    x: &[T],
+    gate: Gate<T>,
+    factors: [&[f32]; 3],
+    (dy, places): (&[T], &[u8]),
+    shape: &PoolShape,
+    dx: &mut [T],
+) {
+    let (row_len, image) = (shape.w * shape.c, shape.output().iter().product::<usize>() * shape.c);
+    assert!(dx.len() == shape.n * shape.h * row_len && dy.len() == shape.n * image, "buffers fit the shape");
+    dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(i, (dx, x))| {
+        let image = i / shape.h * image..(i / shape.h + 1) * image;
+        max_pool_backward_row(&dy[image.clone()], &places[image], shape, i % shape.h, dx);
+        norm::input_gradients_of_rows(x, gate, factors, None, dx);
+    });
+}
