@@ -6,7 +6,7 @@ use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::Result;
 use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, Statistics};
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{CpuBuffer, DType, Device, Tensor};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -236,6 +236,11 @@ impl ConvBn {
             false => (ops::conv2d(x, &weight, None, self.params)?, None),
         };
         self.bn.forward(&y, taken, then, training)
+    }
+
+    /// [`ConvBn::forward`] of a fixed layer on the CPU with residual and ReLU, to the elements of `y` from `first` on.
+    pub(super) fn forward_into(&self, x: &Tensor, residual: &Tensor, y: &mut CpuBuffer, first: usize) -> Result<()> {
+        ops::fused_conv2d_into(x, &*self.fused(x.dtype())?, Some(residual), true, y, first)
     }
 
     /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel, else in two; `pooling` is the windows' extent, stride and

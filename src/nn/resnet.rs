@@ -6,7 +6,7 @@ use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -64,12 +64,24 @@ impl BasicBlock {
     }
 
     fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {
+        let [y, shortcut] = self.halfway(x, training)?;
+        self.conv2.forward(&y, Some(&shortcut), true, training)
+    }
+
+    /// [`BasicBlock::forward`] of a fixed block on the CPU, to the elements of `y` from `first` on.
+    fn forward_into(&self, x: &Tensor, y: &mut CpuBuffer, first: usize) -> Result<()> {
+        let [inner, shortcut] = self.halfway(x, false)?;
+        self.conv2.forward_into(&inner, &shortcut, y, first)
+    }
+
+    /// What the second convolution takes, and what is added to it.
+    fn halfway(&self, x: &Tensor, training: bool) -> Result<[Tensor; 2]> {
         let y = self.conv1.forward(x, None, true, training)?;
         let shortcut = match &self.downsample {
-            Some(downsample) => &downsample.forward(x, None, false, training)?,
-            None => x,
+            Some(downsample) => downsample.forward(x, None, false, training)?,
+            None => x.clone(),
         };
-        self.conv2.forward(&y, Some(shortcut), true, training)
+        Ok([y, shortcut])
     }
 }
 
@@ -187,15 +199,30 @@ impl ResNet18 {
         Ok(Tensor::concatenate(&results.collect::<Result<Vec<_>>>()?))
     }
 
-    /// Some stages of some pictures of `x`.
+    /// Some stages of some pictures of `x`, which are fixed.
     fn group(&self, x: &Tensor, pictures: Range<usize>, stages: Range<Stage>, training: bool) -> Result<Tensor> {
         let split = TOGETHER_FROM.clamp(stages.start, stages.end);
-        let single = |i: usize| self.stages(x.rows(i..i + 1)?, stages.start..split, training);
-        let x = match split > stages.start {
-            true => Tensor::concatenate(&pictures.map(single).collect::<Result<Vec<_>>>()?),
-            false => x.rows(pictures)?,
+        let x = match split {
+            TOGETHER_FROM if stages.start < split => self.through_layer1(x, pictures, stages.start, training)?,
+            _ => self.stages(x.rows(pictures)?, stages.start..split, training)?,
         };
         self.stages(x, split..stages.end, training)
+    }
+
+    /// The stages from `first` on to layer1 of some pictures of `x`, one after the other.
+    fn through_layer1(&self, x: &Tensor, pictures: Range<usize>, first: Stage, training: bool) -> Result<Tensor> {
+        let [block, last] = &self.layers[0];
+        let (mut together, mut dims, count) = (None, Vec::new(), pictures.len());
+        for (i, picture) in pictures.enumerate() {
+            let x = self.stages(x.rows(picture..picture + 1)?, first..Stage::Layer1, training)?;
+            let x = block.forward(&x, training)?;
+            // Blocks keep the extents of this layer. The last one's results go where those of all pictures are.
+            dims = x.dims().to_vec();
+            let buffer = || with_float!(x.dtype(), T => CpuBuffer::take::<T>(count * x.numel()));
+            last.forward_into(&x, together.get_or_insert_with(buffer), i * x.numel())?;
+        }
+        dims[0] = count;
+        Ok(Tensor::from_buffer(dims, together.expect("a picture at least")))
     }
 
     /// Images `[N, H, W, 3]`, normalised, to features `[N, 512]`: everything but the fully connected layer.

@@ -10,7 +10,7 @@ use crate::cpu::conv::{ConvShape, PackedFilter, Splitting};
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
 use crate::tensor::pool::Scratch;
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{CpuBuffer, DType, Device, Tensor, with_float};
 use crate::{cpu, cuda};
 use half::bf16;
 use rayon::prelude::*;
@@ -77,7 +77,52 @@ impl FusedConv2d {
 
 /// `relu(conv(x) + bias + residual)`, the last two if asked for. `residual` is shaped as the result.
 pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, relu: bool) -> Result<Tensor> {
-    let shape: ConvShape = conv.params.shape("fused_conv2d", x, &conv.dims)?;
+    let (shape, dims) = shape_of_result(x, conv, residual)?;
+    match &conv.filter {
+        Filter::Cuda { filter, bias } if x.device() == Device::Cuda && x.dtype() == conv.dtype => {
+            let epilogue = cuda::conv::Epilogue { bias: Some(bias), residual, relu };
+            Ok(cuda::conv::forward(x, filter, &shape, epilogue, false)?.0)
+        }
+        _ => {
+            let mut y = with_float!(conv.dtype, T => CpuBuffer::take::<T>(dims.iter().product()));
+            fused_conv2d_into(x, conv, residual, relu, &mut y, 0)?;
+            Ok(Tensor::from_buffer(dims, y))
+        }
+    }
+}
+
+/// [`fused_conv2d`] on the CPU, to the elements of `y` from `first` on.
+pub(crate) fn fused_conv2d_into(
+    x: &Tensor,
+    conv: &FusedConv2d,
+    residual: Option<&Tensor>,
+    relu: bool,
+    y: &mut CpuBuffer,
+    first: usize,
+) -> Result<()> {
+    let (shape, dims) = shape_of_result(x, conv, residual)?;
+    let elements = first..first + dims.iter().product::<usize>();
+    // Types and devices that match.
+    macro_rules! on_cpu {
+        ($T:ty, $filter:expr, $bias:expr) => {{
+            let epilogue = Epilogue { bias: Some($bias), residual: residual.map(|r| r.as_slice()), relu };
+            cpu::conv::forward(x.as_slice(), $filter, &shape, epilogue, &mut y.as_mut_slice::<$T>()[elements]);
+            Ok(())
+        }};
+    }
+    match (&conv.filter, x.device(), x.dtype()) {
+        (Filter::F32(filter, bias), Device::Cpu, DType::F32) => on_cpu!(f32, filter, bias),
+        (Filter::Bf16(filter, bias), Device::Cpu, DType::BF16) => on_cpu!(bf16, filter, bias),
+        (_, device, dtype) => {
+            let problem = format!("an input of {dtype:?} on {device}, but filters for {:?}, or elsewhere", conv.dtype);
+            Err(Error::Argument { op: "fused_conv2d", problem })
+        }
+    }
+}
+
+/// The extents of the convolution and of its result, if the operands fit each other.
+fn shape_of_result(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>) -> Result<(ConvShape, [usize; 4])> {
+    let shape = conv.params.shape("fused_conv2d", x, &conv.dims)?;
     let [oh, ow] = shape.output();
     let dims = [shape.n, oh, ow, shape.o];
     if let Some(residual) = residual {
@@ -86,24 +131,7 @@ pub fn fused_conv2d(x: &Tensor, conv: &FusedConv2d, residual: Option<&Tensor>, r
             return Err(Error::shape("fused_conv2d", format!("a residual of {dims:?}"), &[residual.dims()]));
         }
     }
-    match (&conv.filter, x.device(), x.dtype()) {
-        (Filter::F32(filter, bias), Device::Cpu, DType::F32) => {
-            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
-            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y)))
-        }
-        (Filter::Bf16(filter, bias), Device::Cpu, DType::BF16) => {
-            let epilogue = Epilogue { bias: Some(bias), residual: residual.map(|r| r.as_slice()), relu };
-            Ok(Tensor::build(dims, |y| cpu::conv::forward(x.as_slice(), filter, &shape, epilogue, y)))
-        }
-        (Filter::Cuda { filter, bias }, Device::Cuda, dtype) if dtype == conv.dtype => {
-            let epilogue = cuda::conv::Epilogue { bias: Some(bias), residual, relu };
-            Ok(cuda::conv::forward(x, filter, &shape, epilogue, false)?.0)
-        }
-        (_, device, dtype) => {
-            let problem = format!("an input of {dtype:?} on {device}, but filters for {:?}, or elsewhere", conv.dtype);
-            Err(Error::Argument { op: "fused_conv2d", problem })
-        }
-    }
+    Ok((shape, dims))
 }
 
 /// `max_pool2d(relu(conv(x) + bias))`, ReLU if asked for: the first layer and the pooling after it, in one pass on the CPU.

@@ -21,6 +21,7 @@ pub use batch_norm::{BatchStatistics, Norm, Statistics, batch_norm, batch_norm_s
 pub(crate) use batch_norm::{reciprocal_deviation, scale_and_shift};
 pub use conv2d::{Conv2dParams, conv2d, conv2d_with_statistics};
 pub use cross_entropy::{CrossEntropy, Reduction, cross_entropy};
+pub(crate) use fused::fused_conv2d_into;
 pub use fused::{FusedConv2d, fused_conv2d, fused_conv2d_max_pool};
 pub use linear::{PackedLinear, linear, packed_linear};
 pub use matmul::matmul;
