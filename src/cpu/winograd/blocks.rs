@@ -165,7 +165,7 @@ fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: 
     let mut inputs = Scratch::<W>::take(count * tile);
     let layout = Layout { row: across * shape.c, slot: shape.c, tile, word: W::PER_WORD };
     let to = &Output::new(&mut inputs);
-    dispatch(isa, Inputs::<T, W, 1> { x, shape, part, tiles: 0..count, to, layout });
+    dispatch(isa, Inputs::<T, W, 1> { x, shape, part, tiles: 0..count, channels: 0..shape.c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
     for panel in panels {
         let channels = panel * width..shape.o.min((panel + 1) * width);

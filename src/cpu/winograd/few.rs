@@ -9,7 +9,7 @@
 use super::parts::Part;
 use super::points::*;
 use super::strips::{StripFilter, WORDS};
-use super::tiles::{Finish, Inputs, Layout, Outputs, Starts};
+use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -66,8 +66,10 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
         inputs.fill(W::default());
     }
     let to = &Output::new(&mut inputs);
-    (0..tiles).into_par_iter().for_each(|tile| {
-        dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, to, layout });
+    let halves = halves(shape.c, filter.isa.lanes());
+    (0..halves.len() * tiles).into_par_iter().for_each(|i| {
+        let (tile, channels) = (i % tiles, halves[i / tiles].clone());
+        dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, channels, to, layout });
     });
     let outputs = &Outputs { part, shape, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
     let (inputs, isa, across) = (&inputs, filter.isa, positions(axis, axis.outputs));

@@ -12,7 +12,7 @@ use super::check_operands;
 use super::few;
 use super::parts::{Part, TileGrid, spread};
 use super::points::*;
-use super::tiles::{Finish, Inputs, Layout, Outputs, Starts};
+use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -34,6 +34,8 @@ const TRANSFORMED: usize = 11 << 20;
 pub(super) const WORDS: usize = 64;
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
+/// Tiles that one picture has at most; pictures of a batch are already apart.
+const ONE_PICTURE: usize = 64;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
 
@@ -148,20 +150,25 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     // What a row of positions reads lies together.
     let tile = spread(slots * shape.c);
     let layout = |part: &Part| Layout { row: part.places.len() * tile, slot: shape.c, tile, word: W::PER_WORD };
+    let channels = match tiles {
+        ..=ONE_PICTURE => halves(shape.c, filter.isa.lanes()).to_vec(),
+        _ => vec![0..shape.c],
+    };
     for parts in parts.chunks(parts_of_group.max(1)) {
         let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
-        let pieces: Vec<(&Part, Range<usize>, Output<W>)> = parts
+        let to: Vec<Output<W>> = inputs.iter_mut().map(|inputs| Output::new(inputs)).collect();
+        let pieces: Vec<(usize, Range<usize>, Range<usize>)> = channels
             .iter()
-            .zip(&mut inputs)
-            .flat_map(|(part, inputs)| {
-                let tiles = part.places.len();
+            .flat_map(|channels| parts.iter().enumerate().map(move |(i, part)| (i, part.places.len(), channels)))
+            .flat_map(|(i, tiles, channels)| {
                 let starts = (0..tiles).step_by(TOGETHER);
-                starts.map(move |start| (part, start..tiles.min(start + TOGETHER), Output::new(inputs)))
+                starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
             })
             .collect();
-        pieces.par_iter().for_each(|(part, tiles, to)| {
-            let (tiles, layout) = (tiles.clone(), layout(part));
-            dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, to, layout });
+        pieces.par_iter().for_each(|(i, tiles, channels)| {
+            let (part, to, tiles, channels) = (&parts[*i], &to[*i], tiles.clone(), channels.clone());
+            let layout = layout(part);
+            dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, channels, to, layout });
         });
         (0..parts.len() * strips).into_par_iter().for_each(|task| {
             let (part, strip) = (task / strips, task % strips);

@@ -23,12 +23,21 @@ pub(super) struct Layout {
     pub word: usize,
 }
 
-/// `B^T d B` of some tiles of a part.
+/// The channels of one picture's inputs in two halves: tasks in the order of their channels, as those are that compute outputs, so that a
+/// thread transforms what it has computed itself. What another has written comes from further away.
+pub(super) fn halves(channels: usize, lanes: usize) -> [Range<usize>; 2] {
+    let middle = (channels / 2).next_multiple_of(lanes);
+    [0..middle, middle..channels]
+}
+
+/// `B^T d B` of some channels of some tiles of a part.
 pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
     pub x: &'a [T],
     pub shape: &'a ConvShape,
     pub part: &'a Part,
     pub tiles: Range<usize>,
+    /// Whole vectors.
+    pub channels: Range<usize>,
     /// All of the part's, which the tasks share.
     pub to: &'a Output<W>,
     pub layout: Layout,
@@ -39,12 +48,13 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        assert!(self.channels.end <= self.shape.c && self.channels.len().is_multiple_of(S::LANES));
         let mut room = Room::new();
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
             let window = &self.window(tile);
             let next = &self.window(self.tiles.end.min(tile + 2) - 1);
-            for channel in (0..self.shape.c).step_by(S::LANES) {
+            for channel in self.channels.clone().step_by(S::LANES) {
                 with_outputs!(axis::<W>(STRIDE), down, M => {
                     self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
                 });
