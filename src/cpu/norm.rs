@@ -53,9 +53,15 @@ pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<
     });
 }
 
+/// Whether there are vectors of channels, all of the same number, for whole rows of `x`.
+fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
+    let channels = vectors[0].len();
+    vectors.iter().all(|vector| vector.len() == channels) && x.len().is_multiple_of(channels)
+}
+
 /// [`affine`] without residual, of some rows and on this thread.
 pub(super) fn affine_of_rows<T: Float>(x: &[T], [scale, shift]: [&[f32]; 2], relu: bool, y: &mut [T]) {
-    assert_eq!(x.len(), y.len(), "as many values");
+    assert!(x.len() == y.len() && whole_rows(x, [scale, shift, shift]), "as many values");
     by_columns(scale.len(), Affine { x, scale, shift, residual: None, relu, y });
 }
 
@@ -128,7 +134,7 @@ impl<'a, T: Float> Gate<'a, T> {
 }
 
 /// What a backward pass sums over the rows: for every channel `g` and `g * (x - mean) * rstd`, the gradients to shift and
-/// scale, where `g` is what the gate lets pass of `dy`. Where it asks for outputs, `dy` becomes `g`.
+/// scale, where `g` is what the gate lets pass of `dy`. With [`Gate::Outputs`], `dy` becomes `g`; else it stays as it is.
 pub fn parameter_gradients<T: Float>(
     x: &[T],
     gate: Gate<T>,
@@ -158,6 +164,8 @@ pub fn parameter_gradients<T: Float>(
 /// `dx = a * g + b * x + c`, channel by channel, where `g` is what the gate lets pass of `dy`, or of what is in `dx`.
 pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, [a, b, c]: [&[f32]; 3], dy: Option<&[T]>, dx: &mut [T]) {
     let chunk = chunk_of::<T>(a.len());
+    assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
+    assert!(gate.fits(dx.len(), a.len()), "as many values");
     dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (dx, x))| {
         let (gate, dy) = (gate.rows(i * chunk, dx.len()), dy.map(|dy| &dy[i * chunk..][..dx.len()]));
         input_gradients_of_rows(x, gate, [a, b, c], dy, dx);
@@ -173,7 +181,7 @@ pub(super) fn input_gradients_of_rows<T: Float>(
     dx: &mut [T],
 ) {
     assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()), "as many values");
+    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, [a, b, c]), "as many values");
     by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });
 }
 

@@ -1,4 +1,4 @@
-//! Batch normalisation, ReLU and max pooling of `[n, h, w, c]` in one pass: what follows the first convolution.
+//! Batch normalisation, ReLU and max pooling of `[n, h, w, c]`, pooling first: what follows the first convolution.
 //!
 //! Its results are the network's largest, and pooling keeps a quarter of them. Normalisation and ReLU keep the order of a channel's values,
 //! or turn it round where the scale is negative: so it is values times the sign of the scale that are pooled, and only the maxima are
@@ -19,7 +19,8 @@ pub fn signs(scale: &[f32]) -> Vec<f32> {
 pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxima: &mut [T], places: &mut [u8]) {
     let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
     let (out_len, zeros) = (ow * shape.c, vec![0.0; shape.c]);
-    assert!(x.len() == shape.n * shape.h * row_len && maxima.len() == shape.n * oh * out_len, "buffers fit the shape");
+    assert!(x.len() == shape.n * shape.h * row_len && signs.len() == shape.c, "buffers fit the shape");
+    assert!([maxima.len(), places.len()] == [shape.n * oh * out_len; 2], "buffers fit the shape");
     maxima.par_chunks_mut(out_len).zip(places.par_chunks_mut(out_len)).enumerate().for_each(|(i, (maxima, places))| {
         let (image, row) = (i / oh, i % oh);
         let rows = shape.rows(row);
@@ -34,16 +35,17 @@ pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxi
 pub fn backward_input<T: Float>(
     x: &[T],
     gate: Gate<T>,
-    factors: [&[f32]; 3],
+    coefficients: [&[f32]; 3],
     (dy, places): (&[T], &[u8]),
     shape: &PoolShape,
     dx: &mut [T],
 ) {
     let (row_len, image) = (shape.w * shape.c, shape.output().iter().product::<usize>() * shape.c);
-    assert!(dx.len() == shape.n * shape.h * row_len && dy.len() == shape.n * image, "buffers fit the shape");
+    assert!([x.len(), dx.len()] == [shape.n * shape.h * row_len; 2], "buffers fit the shape");
+    assert!([dy.len(), places.len()] == [shape.n * image; 2], "buffers fit the shape");
     dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(i, (dx, x))| {
         let image = i / shape.h * image..(i / shape.h + 1) * image;
         max_pool_backward_row(&dy[image.clone()], &places[image], shape, i % shape.h, dx);
-        norm::input_gradients_of_rows(x, gate, factors, None, dx);
+        norm::input_gradients_of_rows(x, gate, coefficients, None, dx);
     });
 }

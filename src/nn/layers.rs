@@ -243,7 +243,7 @@ impl ConvBn {
         ops::fused_conv2d_into(x, &*self.fused(x.dtype())?, Some(residual), true, y, first)
     }
 
-    /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel, else in two; `pooling` is the windows' extent, stride and
+    /// `max_pool2d(relu(bn(conv(x))))`, in one pass where [`ConvBn::forward`] is one kernel; `pooling` is the windows' extent, stride and
     /// padding.
     pub fn forward_max_pool(&self, x: &Tensor, pooling: [usize; 3], training: bool) -> Result<Tensor> {
         if !x.requires_grad() && self.is_fixed(training) {

@@ -19,8 +19,6 @@ pub const MIN_IMAGE_SIZE: usize = 32;
 /// Pictures that go through frozen stages together on the CPU, at most, on a thread of their own: many, so that many tiles share a
 /// transformed filter, but their activations and their transforms should stay in a thread's share of the last cache.
 const TOGETHER: usize = 16;
-/// Below this stage activations are large and filters small: pictures go one by one.
-const TOGETHER_FROM: Stage = Stage::Layer2;
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -201,12 +199,12 @@ impl ResNet18 {
 
     /// Some stages of some pictures of `x`, which are fixed.
     fn group(&self, x: &Tensor, pictures: Range<usize>, stages: Range<Stage>, training: bool) -> Result<Tensor> {
-        let split = TOGETHER_FROM.clamp(stages.start, stages.end);
-        let x = match split {
-            TOGETHER_FROM if stages.start < split => self.through_layer1(x, pictures, stages.start, training)?,
-            _ => self.stages(x.rows(pictures)?, stages.start..split, training)?,
-        };
-        self.stages(x, split..stages.end, training)
+        if stages.start >= Stage::Layer2 || stages.end < Stage::Layer2 {
+            return self.stages(x.rows(pictures)?, stages, training);
+        }
+        // Up to there activations are large and filters small.
+        let x = self.through_layer1(x, pictures, stages.start, training)?;
+        self.stages(x, Stage::Layer2..stages.end, training)
     }
 
     /// The stages from `first` on to layer1 of some pictures of `x`, one after the other.
@@ -214,8 +212,8 @@ impl ResNet18 {
         let [block, last] = &self.layers[0];
         let (mut together, mut dims, count) = (None, Vec::new(), pictures.len());
         for (i, picture) in pictures.enumerate() {
-            let x = self.stages(x.rows(picture..picture + 1)?, first..Stage::Layer1, training)?;
-            let x = block.forward(&x, training)?;
+            let x = block
+                .forward(&self.stages(x.rows(picture..picture + 1)?, first..Stage::Layer1, training)?, training)?;
             // Blocks keep the extents of this layer. The last one's results go where those of all pictures are.
             dims = x.dims().to_vec();
             let buffer = || with_float!(x.dtype(), T => CpuBuffer::take::<T>(count * x.numel()));
@@ -386,6 +384,49 @@ fn check_images(images: &Tensor) -> Result<()> {
         _ => {
             let expected = format!("images [N, H, W, 3] of {MIN_IMAGE_SIZE} pixels a side at least");
             Err(Error::shape("resnet18", expected, &[images.dims()]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    /// However many pictures go together, and on however many threads: the same bits.
+    #[test]
+    fn pictures_do_not_depend_on_their_company() {
+        let network = ResNet18::new(3, 1);
+        let images = crate::nn::init::normal(&[35, 33, 40, 3], 1.0, 2, "images");
+        let run = |pictures: usize, dtype: DType, stages: Range<Stage>| {
+            let x = images.rows(0..pictures).unwrap().to_dtype(dtype).unwrap();
+            let x = autograd::no_grad(|| network.backbone(&x, Stage::Stem, stages.start, false)).unwrap();
+            autograd::no_grad(|| network.backbone(&x, stages.start, stages.end, false)).unwrap()
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            let cuts = [Stage::Stem, Stage::Layer1, Stage::Layer2, Stage::Layer3, Stage::Head];
+            let alone = cuts.map(|cut| {
+                let one = |i: usize| {
+                    let x = images.rows(i..i + 1).unwrap().to_dtype(dtype).unwrap();
+                    autograd::no_grad(|| network.stages(x, Stage::Stem..cut, false)).unwrap().to_f32_vec().unwrap()
+                };
+                (0..images.dims()[0]).map(one).collect::<Vec<_>>()
+            });
+            for (threads, pictures) in [1, 2, 5].into_iter().flat_map(|threads| [1, 2, 5, 35].map(|n| (threads, n))) {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                for (cut, alone) in cuts.iter().zip(&alone) {
+                    let got = pool.install(|| run(pictures, dtype, Stage::Stem..*cut)).to_f32_vec().unwrap();
+                    assert!(
+                        got == alone[..pictures].concat(),
+                        "{pictures} on {threads} threads up to {cut:?} in {dtype:?}"
+                    );
+                }
+                let got = pool.install(|| run(pictures, dtype, Stage::Layer1..Stage::Head)).to_f32_vec().unwrap();
+                assert!(
+                    got == alone[cuts.len() - 1][..pictures].concat(),
+                    "{pictures} from layer1 on, {threads} threads"
+                );
+            }
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Batch normalisation (Ioffe and Szegedy, 2015) of `x` `[..., C]`, channel by channel, with what follows it in a residual
-//! network: `y = act(gamma * (x - mean) / sqrt(var + eps) + beta + residual)`.
+//! network: `y = pool(act(gamma * (x - mean) / sqrt(var + eps) + beta + residual))`, where `act` may be a ReLU, and `pool` max pooling.
 //!
 //! With batch statistics, mean and (biased) variance are functions of `x`. With M rows, `xhat` the normalised input, and `g`
 //! the part of `dy` that the ReLU lets pass, `dx = gamma / sqrt(var + eps) * (g - mean(g) - xhat * mean(g * xhat))`. With
@@ -74,7 +74,8 @@ pub fn batch_norm_stored(
     Ok(norm_act(x, Statistics::Stored(mean, variance), how)?.0)
 }
 
-/// Normalises, adds the residual, applies the ReLU and pools, in one pass on the CPU, but for pooling after a residual; returns the batch's statistics if it used them.
+/// Normalises, adds the residual, applies the ReLU, in one pass, and pools, on the CPU before the other two if there is no residual;
+/// returns the batch's statistics if it used them.
 pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option<BatchStatistics>)> {
     let channels = check(x, &how)?;
     let statistics = match by {
@@ -238,7 +239,8 @@ impl Saved {
         }
         // Batch statistics need both sums for the input's gradient as well.
         let sums_are_needed = self.count.is_some() || needs[1] || needs[2];
-        let factors = |dgamma: &[f32], dbeta: &[f32]| input_factors(gamma, mean, &rstd, dgamma, dbeta, self.count);
+        let coefficients =
+            |dgamma: &[f32], dbeta: &[f32]| input_coefficients(gamma, mean, &rstd, dgamma, dbeta, self.count);
         let dx;
         let mut dresidual = None;
         if let Some(Pooled { maxima, places, shape }) = &self.pooled {
@@ -254,7 +256,7 @@ impl Saved {
                 dgamma = product(&dgamma, &signs);
             }
             dx = needs[0].then(|| {
-                let ([a, b, c], dy) = (factors(&dgamma, &dbeta), (dy.as_slice(), places.as_slice()));
+                let ([a, b, c], dy) = (coefficients(&dgamma, &dbeta), (dy.as_slice(), places.as_slice()));
                 Tensor::build(self.x.shape().clone(), |dx| {
                     norm_pool::backward_input(x, gate, [&a, &b, &c], dy, shape, dx);
                 })
@@ -273,7 +275,7 @@ impl Saved {
             }
             dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
             dx = needs[0].then(|| {
-                let [a, b, c] = factors(&dgamma, &dbeta);
+                let [a, b, c] = coefficients(&dgamma, &dbeta);
                 g.replaced(|dy, dx| norm::backward_input(x, gate, [&a, &b, &c], dy, dx))
             });
         }
@@ -320,8 +322,8 @@ pub(crate) fn scale_and_shift(gamma: &[f32], beta: &[f32], mean: &[f32], rstd: &
     (scale, shift)
 }
 
-/// `a`, `b`, `c` of `dx = a * dy + b * x + c`, the gradient above with its terms collected.
-fn input_factors(
+/// `a`, `b`, `c` of `dx = a * g + b * x + c`, the gradient above with its terms collected.
+fn input_coefficients(
     gamma: &[f32],
     mean: &[f32],
     rstd: &[f32],

@@ -59,7 +59,7 @@ pub(super) fn pool_shape(dims: &[usize], kernel: usize, stride: usize, padding: 
         );
         return Err(Error::Argument { op: "max_pool2d", problem });
     }
-    if h + 2 * padding < kernel || w + 2 * padding < kernel || c == 0 {
+    if h + 2 * padding < kernel || w + 2 * padding < kernel || h * w * c == 0 {
         return Err(Error::shape("max_pool2d", format!("at least one window of {kernel}x{kernel}"), &[dims]));
     }
     Ok(PoolShape { n, h, w, c, kernel, stride, padding })

@@ -217,7 +217,7 @@ impl Tensor {
         Ok(self.to_device(Device::Cpu)?.to_dtype(DType::F32)?.to_vec())
     }
 
-    /// Rows of it along the first extent, without history; the tensor itself if they are all of them.
+    /// Rows of it along the first extent, without history, in the same memory; the tensor itself if they are all of them.
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> Result<Self> {
         let [count, extents @ ..] = self.dims() else { unreachable!("a tensor with rows") };
         if rows == (0..*count) {
@@ -235,6 +235,9 @@ impl Tensor {
     /// Tensors on the CPU one after the other along the first extent, in which alone they may differ, without history.
     pub(crate) fn concatenate(parts: &[Tensor]) -> Self {
         let first = &parts[0];
+        if parts.len() == 1 {
+            return first.detach();
+        }
         let rows = parts.iter().map(|part| part.dims()[0]).sum();
         let dims = [&[rows], &first.dims()[1..]].concat();
         with_float!(first.dtype(), T => Self::build(dims, |mut out: &mut [T]| {
@@ -266,7 +269,7 @@ impl Tensor {
         Ok(Self::from_cuda(self.dims(), buffer.duplicate()?))
     }
 
-    /// Whether nothing else refers to the elements.
+    /// Whether no other tensor has this storage. On the CPU, storages may be parts of one buffer: see [`Tensor::rows`].
     pub(crate) fn is_unique(&self) -> bool {
         Arc::strong_count(&self.0) == 1 && Arc::strong_count(&self.0.storage) == 1
     }
@@ -284,7 +287,7 @@ impl Tensor {
         }
     }
 
-    /// Whether both lie in the same memory.
+    /// Whether both have the same storage. A part of a tensor has one of its own, though it lies in the same memory.
     pub fn shares_memory(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.0.storage, &other.0.storage)
     }
@@ -315,8 +318,8 @@ impl Tensor {
         })
     }
 
-    /// A tensor like this one with elements that `replace` computes from its own: where they are to go if nothing else shares the
-    /// buffer, else from those that it is given. The history is dropped.
+    /// A tensor like this one whose elements `replace` computes from its own: `replace(None, elements)` finds them where the new ones are to
+    /// go, if nothing else shares the buffer; `replace(Some(old), elements)` finds anything there. The history is dropped.
     pub(crate) fn replaced<T: Element>(self, replace: impl FnOnce(Option<&[T]>, &mut [T])) -> Tensor {
         let shape = self.shape().clone();
         match self.into_unique_buffer() {
@@ -332,5 +335,36 @@ impl Tensor {
 impl std::fmt::Debug for Tensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Tensor({:?}, {:?}, {})", self.shape(), self.dtype(), self.device())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parts share memory until one of them changes.
+    #[test]
+    fn parts_change_on_their_own() {
+        let values: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let whole = Tensor::from_slice(&values, [4, 3]).unwrap();
+        let (first, last) = (whole.rows(0..2).unwrap(), whole.rows(2..4).unwrap());
+        assert_eq!(last.rows(1..2).unwrap().to_vec::<f32>(), [9.0, 10.0, 11.0]);
+        let double = |x: Tensor| x.map_in_place(|x: &mut [f32]| x.iter_mut().for_each(|x| *x *= 2.0));
+        assert_eq!(double(first).to_vec::<f32>(), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
+        assert_eq!(whole.to_vec::<f32>(), values);
+        // The last that has the memory may change it in place.
+        drop(whole);
+        let place = last.as_slice::<f32>().as_ptr();
+        let doubled = double(last);
+        assert_eq!(doubled.to_vec::<f32>(), [12.0, 14.0, 16.0, 18.0, 20.0, 22.0]);
+        assert_eq!(doubled.as_slice::<f32>().as_ptr(), place);
+        let shared = doubled.clone();
+        let sums = shared.replaced(|old, new: &mut [f32]| match old {
+            Some(old) => new.iter_mut().zip(old).for_each(|(new, old)| *new = old + 1.0),
+            None => panic!("`doubled` shares it"),
+        });
+        assert_eq!((doubled.as_slice::<f32>()[0], sums.as_slice::<f32>()[0]), (12.0, 13.0));
+        let labels = Tensor::from_slice(&[1i64, 2, 3], [3]).unwrap();
+        assert_eq!(labels.rows(1..3).unwrap().to_vec::<i64>(), [2, 3]);
     }
 }

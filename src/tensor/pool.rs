@@ -97,7 +97,10 @@ impl Block {
         let sizes = least..=least.saturating_mul(MAX_WASTE);
         let (own, mut free) = (own_list(), free_blocks());
         let recycled = free.get_mut(own).and_then(|free| pop(free, sizes.clone()));
-        let recycled = recycled.or_else(|| free.iter_mut().find_map(|free| pop(free, sizes.clone())));
+        let recycled = recycled.or_else(|| {
+            let smallest = |free: &&mut Free| free.range(sizes.clone()).next().map_or(usize::MAX, |(&size, _)| size);
+            pop(free.iter_mut().min_by_key(smallest)?, sizes.clone())
+        });
         drop(free);
         Block(recycled.unwrap_or_else(|| Memory::zeroed(lines)))
     }

@@ -73,14 +73,14 @@ impl CpuBuffer {
         buffer
     }
 
-    /// Some of its elements, which it shares.
+    /// Some of its elements, in the same memory.
     pub fn part(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.range.len(), "a part of a buffer");
         let range = self.range.start + range.start..self.range.start + range.end;
         CpuBuffer { block: self.block.clone(), dtype: self.dtype, range }
     }
 
-    /// Whether no other buffer shares its elements.
+    /// Whether no other buffer is in the same block of memory.
     pub fn is_unique(&self) -> bool {
         Arc::strong_count(&self.block) == 1
     }
@@ -91,7 +91,7 @@ impl CpuBuffer {
         &self.block.as_slice(self.range.end)[self.range.start..]
     }
 
-    /// The elements, to write to. Panics if `T` is not its type, or if another buffer shares them.
+    /// The elements, to write to. Panics if `T` is not its type, or if another buffer is in the same block.
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         assert_eq!(T::DTYPE, self.dtype, "element type of a buffer");
         let block = Arc::get_mut(&mut self.block).expect("a buffer that is not shared");

@@ -180,10 +180,11 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
         let gradients_of =
             |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.gradients_of(tile)));
+        let (mut next_inputs, mut next_gradients) = (inputs_of(self.block.start), gradients_of(self.block.start));
         for word in self.block.clone() {
             let next = self.block.end.min(word + 2) - 1;
-            let [inputs, next_inputs] = [inputs_of(word), inputs_of(next)];
-            let [gradients, next_gradients] = [gradients_of(word), gradients_of(next)];
+            let inputs = std::mem::replace(&mut next_inputs, inputs_of(next));
+            let gradients = std::mem::replace(&mut next_gradients, gradients_of(next));
             let pixels = |i: usize, channel: usize| Pixels {
                 window: &inputs[i],
                 next: (&next_inputs[i], slots_of::<M>()),
@@ -215,11 +216,11 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
 }
 
 impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
-    /// The first and the last tile of a word; there is none beyond the last.
+    /// The first tile of a word, and the last where that is another; there is none beyond the last of all.
     #[inline(always)]
     fn tiles_of(&self, word: usize) -> [Option<usize>; 2] {
         let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
-        [tile(0), tile(W::PER_WORD - 1)]
+        [tile(0), if W::PER_WORD > 1 { tile(W::PER_WORD - 1) } else { None }]
     }
 
     /// What a tile sees of the input.
