@@ -150,15 +150,13 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     // What a row of positions reads lies together.
     let tile = spread(slots * shape.c);
     let layout = |part: &Part| Layout { row: part.places.len() * tile, slot: shape.c, tile, word: W::PER_WORD };
-    let channels = match tiles {
-        ..=ONE_PICTURE => halves(shape.c, filter.isa.lanes()).to_vec(),
-        _ => vec![0..shape.c],
-    };
+    let channels = if tiles > ONE_PICTURE { [0..shape.c, 0..0] } else { halves(shape.c, filter.isa.lanes()) };
     for parts in parts.chunks(parts_of_group.max(1)) {
         let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
         let to: Vec<Output<W>> = inputs.iter_mut().map(|inputs| Output::new(inputs)).collect();
         let pieces: Vec<(usize, Range<usize>, Range<usize>)> = channels
             .iter()
+            .filter(|channels| !channels.is_empty())
             .flat_map(|channels| parts.iter().enumerate().map(move |(i, part)| (i, part.places.len(), channels)))
             .flat_map(|(i, tiles, channels)| {
                 let starts = (0..tiles).step_by(TOGETHER);
