@@ -19,6 +19,7 @@ pub mod loss;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod norm;
+pub mod norm_backward;
 pub mod norm_pool;
 pub mod optim;
 pub mod peak;

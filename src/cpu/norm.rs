@@ -15,7 +15,7 @@ use std::array;
 const SHORT: usize = 32;
 
 /// Values in as many whole rows as fit a chunk.
-fn chunk_of<T: Float>(channels: usize) -> usize {
+pub(super) fn chunk_of<T: Float>(channels: usize) -> usize {
     (T::CHUNK / channels.max(1)).max(1) * channels
 }
 
@@ -54,7 +54,7 @@ pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<
 }
 
 /// Whether there are vectors of channels, all of the same number, for whole rows of `x`.
-fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
+pub(super) fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
     let channels = vectors[0].len();
     vectors.iter().all(|vector| vector.len() == channels) && x.len().is_multiple_of(channels)
 }
@@ -63,126 +63,6 @@ fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
 pub(super) fn affine_of_rows<T: Float>(x: &[T], [scale, shift]: [&[f32]; 2], relu: bool, y: &mut [T]) {
     assert!(x.len() == y.len() && whole_rows(x, [scale, shift, shift]), "as many values");
     by_columns(scale.len(), Affine { x, scale, shift, residual: None, relu, y });
-}
-
-/// What a backward pass knows of the ReLU that the forward pass may have ended in: it lets the gradient pass where its input was
-/// positive.
-#[derive(Clone, Copy)]
-pub enum Gate<'a, T> {
-    /// There was none.
-    Open,
-    /// It gave these.
-    Outputs(&'a [T]),
-    /// Its input was `x * scale + shift`, which takes less time to compute again than to read.
-    Affine([&'a [f32]; 2]),
-}
-
-impl<'a, T: Float> Gate<'a, T> {
-    /// That of some rows.
-    fn rows(self, first: usize, len: usize) -> Self {
-        match self {
-            Gate::Outputs(y) => Gate::Outputs(&y[first..][..len]),
-            gate => gate,
-        }
-    }
-
-    /// Whether it has what so many values and channels ask for.
-    fn fits(&self, values: usize, channels: usize) -> bool {
-        match self {
-            Gate::Open => true,
-            Gate::Outputs(y) => y.len() == values,
-            Gate::Affine(vectors) => vectors.iter().all(|vector| vector.len() == channels),
-        }
-    }
-
-    /// The vectors of `scale` and `shift` of some columns.
-    ///
-    /// # Safety
-    /// There are `V` vectors of channels from `column` on.
-    #[inline(always)]
-    unsafe fn affine<S: Simd, const V: usize>(&self, simd: S, column: usize) -> [[S::V; V]; 2] {
-        match self {
-            // SAFETY: the caller's word.
-            Gate::Affine(vectors) => vectors.map(|vector| unsafe { load(simd, vector.as_ptr().add(column)) }),
-            _ => [[simd.splat(0.0); V]; 2],
-        }
-    }
-
-    /// What it lets pass of `dy`. `x` are the inputs from `at` on, and `affine` is [`Gate::affine`].
-    ///
-    /// # Safety
-    /// There are `V` vectors from `at` on.
-    #[inline(always)]
-    unsafe fn pass<S: Simd, const V: usize>(
-        &self,
-        simd: S,
-        at: usize,
-        x: &[S::V; V],
-        [scale, shift]: &[[S::V; V]; 2],
-        dy: [S::V; V],
-    ) -> [S::V; V] {
-        match self {
-            Gate::Open => dy,
-            Gate::Outputs(y) => {
-                // SAFETY: the caller's word.
-                let y: [S::V; V] = unsafe { load(simd, y.as_ptr().add(at)) };
-                array::from_fn(|v| simd.where_positive(y[v], dy[v]))
-            }
-            Gate::Affine(_) => array::from_fn(|v| simd.where_positive(simd.mul_add(x[v], scale[v], shift[v]), dy[v])),
-        }
-    }
-}
-
-/// What a backward pass sums over the rows: for every channel `g` and `g * (x - mean) * rstd`, the gradients to shift and
-/// scale, where `g` is what the gate lets pass of `dy`. With [`Gate::Outputs`], `dy` becomes `g`; else it stays as it is.
-pub fn parameter_gradients<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    dy: &mut [T],
-    [mean, rstd]: [&[f32]; 2],
-    dscale: &mut [f32],
-    dshift: &mut [f32],
-) {
-    let channels = mean.len();
-    let chunk = chunk_of::<T>(channels);
-    assert!(x.len() == dy.len() && gate.fits(dy.len(), channels), "as many values");
-    let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
-    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks_mut(chunk))).enumerate().for_each(
-        |(i, (part, (x, dy)))| {
-            let (sums, products) = part.split_at_mut(channels);
-            let gate = gate.rows(i * chunk, dy.len());
-            by_columns(channels, BackwardSums { x, gate, dy, mean, sums, products });
-        },
-    );
-    for channel in 0..channels {
-        let total = |i: usize| parts.chunks_exact(2 * channels).map(|part| f64::from(part[i])).sum::<f64>();
-        dshift[channel] = total(channel) as f32;
-        dscale[channel] = (total(channels + channel) * f64::from(rstd[channel])) as f32;
-    }
-}
-
-/// `dx = a * g + b * x + c`, channel by channel, where `g` is what the gate lets pass of `dy`, or of what is in `dx`.
-pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, [a, b, c]: [&[f32]; 3], dy: Option<&[T]>, dx: &mut [T]) {
-    let chunk = chunk_of::<T>(a.len());
-    assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()), "as many values");
-    dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (dx, x))| {
-        let (gate, dy) = (gate.rows(i * chunk, dx.len()), dy.map(|dy| &dy[i * chunk..][..dx.len()]));
-        input_gradients_of_rows(x, gate, [a, b, c], dy, dx);
-    });
-}
-
-/// [`backward_input`] of some rows, on this thread.
-pub(super) fn input_gradients_of_rows<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    [a, b, c]: [&[f32]; 3],
-    dy: Option<&[T]>,
-    dx: &mut [T],
-) {
-    assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, [a, b, c]), "as many values");
-    by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });
 }
 
 /// For every channel the sum over rows; the gradient to a bias.
@@ -200,7 +80,7 @@ pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
 }
 
 /// Work on some columns of `[rows, channels]`, all rows of them, so that what belongs to a channel stays in registers.
-trait Columns {
+pub(super) trait Columns {
     /// Columns from `column` on, `V` vectors of them.
     ///
     /// # Safety
@@ -242,7 +122,7 @@ const WIDE: usize = 4;
 /// The values of so many vectors, the widest there are.
 type Lanes<N> = [N; 64];
 
-fn by_columns(channels: usize, columns: impl Columns) {
+pub(super) fn by_columns(channels: usize, columns: impl Columns) {
     dispatch(Isa::current(), ByColumns { channels, columns });
 }
 
@@ -251,7 +131,7 @@ fn by_columns(channels: usize, columns: impl Columns) {
 /// # Safety
 /// `p` is valid for reading as many values.
 #[inline(always)]
-unsafe fn load<T: Float, S: Simd, const V: usize>(simd: S, p: *const T) -> [S::V; V] {
+pub(super) unsafe fn load<T: Float, S: Simd, const V: usize>(simd: S, p: *const T) -> [S::V; V] {
     // SAFETY: the caller vouches for `p`.
     array::from_fn(|v| unsafe { T::load(simd, p.add(v * S::LANES)) })
 }
@@ -261,7 +141,7 @@ unsafe fn load<T: Float, S: Simd, const V: usize>(simd: S, p: *const T) -> [S::V
 /// # Safety
 /// `p` is valid for writing as many values.
 #[inline(always)]
-unsafe fn store<T: Float, S: Simd, const V: usize>(simd: S, p: *mut T, values: [S::V; V]) {
+pub(super) unsafe fn store<T: Float, S: Simd, const V: usize>(simd: S, p: *mut T, values: [S::V; V]) {
     for (v, value) in values.into_iter().enumerate() {
         // SAFETY: the caller vouches for `p`.
         unsafe { T::store(simd, p.add(v * S::LANES), value) };
@@ -359,72 +239,6 @@ impl<T: Float> Columns for Affine<'_, T> {
                     y = y.map(|y| simd.relu(y));
                 }
                 store(simd, self.y.as_mut_ptr().add(at), y);
-            }
-        }
-    }
-}
-
-struct BackwardSums<'a, T> {
-    x: &'a [T],
-    gate: Gate<'a, T>,
-    dy: &'a mut [T],
-    mean: &'a [f32],
-    sums: &'a mut [f32],
-    products: &'a mut [f32],
-}
-
-impl<T: Float> Columns for BackwardSums<'_, T> {
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
-        let channels = self.mean.len();
-        let (mut sums, mut products) = ([simd.splat(0.0); V], [simd.splat(0.0); V]);
-        // SAFETY: the contract.
-        unsafe {
-            let mean = load::<f32, S, V>(simd, self.mean.as_ptr().add(column));
-            let affine = self.gate.affine::<S, V>(simd, column);
-            for at in (column..self.x.len()).step_by(channels) {
-                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
-                let dy = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
-                let g = self.gate.pass(simd, at, &x, &affine, dy);
-                if let Gate::Outputs(_) = self.gate {
-                    store(simd, self.dy.as_mut_ptr().add(at), g);
-                }
-                for v in 0..V {
-                    sums[v] = simd.add(sums[v], g[v]);
-                    products[v] = simd.mul_add(g[v], simd.sub(x[v], mean[v]), products[v]);
-                }
-            }
-            store(simd, self.sums.as_mut_ptr().add(column), sums);
-            store(simd, self.products.as_mut_ptr().add(column), products);
-        }
-    }
-}
-
-struct BackwardInput<'a, T> {
-    x: &'a [T],
-    gate: Gate<'a, T>,
-    a: &'a [f32],
-    b: &'a [f32],
-    c: &'a [f32],
-    dy: Option<&'a [T]>,
-    dx: &'a mut [T],
-}
-
-impl<T: Float> Columns for BackwardInput<'_, T> {
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
-        let channels = self.a.len();
-        let dx = self.dx.as_mut_ptr();
-        let dy = self.dy.map_or(dx.cast_const(), |dy| dy.as_ptr());
-        // SAFETY: the contract.
-        unsafe {
-            let [a, b, c] = [self.a, self.b, self.c].map(|x| load::<f32, S, V>(simd, x.as_ptr().add(column)));
-            let affine = self.gate.affine::<S, V>(simd, column);
-            for at in (column..self.x.len()).step_by(channels) {
-                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
-                let g = self.gate.pass(simd, at, &x, &affine, load::<T, S, V>(simd, dy.add(at)));
-                let values = array::from_fn(|v| simd.mul_add(a[v], g[v], simd.mul_add(b[v], x[v], c[v])));
-                store::<T, S, V>(simd, dx.add(at), values);
             }
         }
     }

@@ -5,7 +5,8 @@
 //! normalised. On the way back sums over them are all that the parameters' gradients take.
 
 use super::float::Float;
-use super::norm::{self, Gate};
+use super::norm;
+use super::norm_backward::{self, Gate};
 use super::pool::{PoolShape, max_pool_backward_row, max_pool_row_with_places};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -31,7 +32,7 @@ pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxi
     });
 }
 
-/// [`norm::backward_input`] of what was pooled, from the gradient of the maxima and their places.
+/// [`norm_backward::backward_input`] of what was pooled, from the gradient of the maxima and their places.
 pub fn backward_input<T: Float>(
     x: &[T],
     gate: Gate<T>,
@@ -46,6 +47,6 @@ pub fn backward_input<T: Float>(
     dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(i, (dx, x))| {
         let image = i / shape.h * image..(i / shape.h + 1) * image;
         max_pool_backward_row(&dy[image.clone()], &places[image], shape, i % shape.h, dx);
-        norm::input_gradients_of_rows(x, gate, coefficients, None, dx);
+        norm_backward::input_gradients_of_rows(x, gate, coefficients, None, dx);
     });
 }

@@ -9,10 +9,9 @@
 use super::pool::{max_pool2d, pool_shape};
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::norm::{self, Gate};
-use crate::cpu::norm_pool;
+use crate::cpu::norm_backward::{self, Gate};
 use crate::cpu::pool::PoolShape;
-use crate::cpu::{Float, elementwise};
+use crate::cpu::{Float, elementwise, norm, norm_pool};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
@@ -251,7 +250,7 @@ impl Saved {
                 let gate = if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
                 dy = dy.map_in_place(|dy| {
                     let x = maxima.as_slice::<T>();
-                    norm::parameter_gradients(x, gate, dy, [&mean, &rstd], &mut dgamma, &mut dbeta);
+                    norm_backward::parameter_gradients(x, gate, dy, [&mean, &rstd], &mut dgamma, &mut dbeta);
                 });
                 dgamma = product(&dgamma, &signs);
             }
@@ -265,7 +264,7 @@ impl Saved {
             let mut g = dy;
             if sums_are_needed {
                 g = g.map_in_place(|dy| {
-                    norm::parameter_gradients(x, gate, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
+                    norm_backward::parameter_gradients(x, gate, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
                 });
             } else if let Gate::Outputs(y) = gate {
                 g = g.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy));
@@ -276,7 +275,7 @@ impl Saved {
             dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
             dx = needs[0].then(|| {
                 let [a, b, c] = coefficients(&dgamma, &dbeta);
-                g.replaced(|dy, dx| norm::backward_input(x, gate, [&a, &b, &c], dy, dx))
+                g.replaced(|dy, dx| norm_backward::backward_input(x, gate, [&a, &b, &c], dy, dx))
             });
         }
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
