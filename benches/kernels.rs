@@ -5,7 +5,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hone::autograd::no_grad;
 use hone::cpu::Isa;
-use hone::cpu::conv::{self, ConvShape, Splitting};
+use hone::cpu::conv::{self, ConvShape, Purpose};
 use hone::cpu::gemm::Epilogue;
 use hone::nn::ResNet18;
 use hone::ops::{CrossEntropy, cross_entropy};
@@ -38,7 +38,7 @@ fn convolutions(c: &mut Criterion) {
         let w = vec![0.1f32; shape.o * shape.kh * shape.kw * shape.c];
         let mut y = vec![0.5f32; shape.n * oh * ow * shape.o];
         let (mut dx, mut dw) = (vec![0.0f32; x.len()], vec![0.0f32; w.len()]);
-        let packed = conv::pack_filter::<f32>(isa, &w, &shape, Splitting::Two);
+        let packed = conv::pack_filter::<f32>(isa, &w, &shape, Purpose::Inference);
         let mut group = c.benchmark_group("convolution");
         group.sample_size(10).throughput(Throughput::Elements(2 * shape.multiply_adds() as u64));
         group.bench_function(BenchmarkId::new("forward", name(&shape)), |b| {

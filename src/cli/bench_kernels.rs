@@ -2,7 +2,7 @@
 
 use super::args::Bench;
 use super::report;
-use crate::cpu::conv::{self, ConvShape, PackedFilter, Splitting};
+use crate::cpu::conv::{self, ConvShape, PackedFilter, Purpose};
 use crate::cpu::gemm::Epilogue;
 use crate::cpu::{self, Isa};
 use crate::cuda;
@@ -86,7 +86,7 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
     match device {
         Device::Cpu => with_float!(x.dtype(), T => {
             let isa = Isa::current();
-            let packed = conv::pack_filter::<T>(isa, w.as_slice(), shape, Splitting::Two);
+            let packed = conv::pack_filter::<T>(isa, w.as_slice(), shape, Purpose::Inference);
             // What another algorithm than the direct product gains.
             if !matches!(packed, PackedFilter::Direct(_) | PackedFilter::Tiles(..)) {
                 let packed = conv::pack_filter_directly::<T>(isa, w.as_slice(), shape);

@@ -70,6 +70,49 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
+    unsafe fn pair_rows(self, first: *const bf16, second: *const bf16) -> [__m512; 2] {
+        // SAFETY: `self` proves the feature; the caller vouches for the rest.
+        unsafe {
+            let (a, b) = (_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast()));
+            // Where the mask is set the first operand, else the second.
+            let lower = _mm512_set1_epi32(0xffff);
+            let even = _mm512_ternarylogic_epi32::<0xca>(lower, a, _mm512_slli_epi32::<16>(b));
+            let odd = _mm512_ternarylogic_epi32::<0xca>(lower, _mm512_srli_epi32::<16>(a), b);
+            [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32) {
+        // SAFETY: `self` proves the feature; the caller vouches for the rest.
+        unsafe {
+            let rows: [__m512i; 16] = std::array::from_fn(|i| _mm512_loadu_si512(from.add(i * stride).cast()));
+            // Words of two rows side by side, then of four: in each quarter of row `4 i + k` word `k` of it of rows `4 i` to `4 i + 3`.
+            let twos: [__m512i; 16] = std::array::from_fn(|i| {
+                let (a, b) = (rows[i / 4 * 4 + i % 2 * 2], rows[i / 4 * 4 + i % 2 * 2 + 1]);
+                if i % 4 < 2 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
+            });
+            let fours: [__m512i; 16] = std::array::from_fn(|i| {
+                let (a, b) = (twos[i / 4 * 4 + i % 4 / 2 * 2], twos[i / 4 * 4 + i % 4 / 2 * 2 + 1]);
+                if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
+            });
+            // Quarters of 4 rows to one: first of pairs of groups of rows, then of all four.
+            for k in 0..4 {
+                let [a, b, c, d] = [fours[k], fours[4 + k], fours[8 + k], fours[12 + k]];
+                let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+                let columns = [
+                    _mm512_shuffle_i32x4::<0x88>(even, even2),
+                    _mm512_shuffle_i32x4::<0x88>(odd, odd2),
+                    _mm512_shuffle_i32x4::<0xdd>(even, even2),
+                    _mm512_shuffle_i32x4::<0xdd>(odd, odd2),
+                ];
+                for (i, column) in columns.into_iter().enumerate() {
+                    _mm512_storeu_si512(to.add((4 * i + k) * 16).cast(), column);
+                }
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, p: *const f32) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };

@@ -3,11 +3,11 @@
 use super::float::Float;
 use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
-pub use super::gemm_tiles::Splitting;
-use super::gemm_tiles::{self, TileFilter};
 use super::gemm_transposed::{Order, multiply_transposed};
 use super::pool::{PoolShape, max_pool};
 use super::simd::Isa;
+use super::tiles::multiply::Product;
+use super::tiles::{TileFilter, transposed};
 use super::winograd::{self, Algorithm, Winograd};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -22,12 +22,12 @@ macro_rules! on_tiles {
     ($isa:expr, $U:ident => $body:expr) => {
         match $isa {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Isa::Amx => {
-                type $U = super::amx::Amx;
+            Isa::Amx if Isa::Amx.is_supported() => {
+                type $U = super::tiles::amx::Amx;
                 $body
             }
             _ => {
-                type $U = super::amx::Emulated;
+                type $U = super::tiles::amx::Emulated;
                 $body
             }
         }
@@ -166,17 +166,26 @@ pub enum PackedFilter<T> {
     Tiles(Isa, TileFilter),
 }
 
-/// Filters `[o, kh, kw, c]` prepared for [`forward`]. `splitting` says what for: inference does with two parts where f32 is
-/// multiplied as bf16, and with Winograd's algorithm for the first layer. Training in f32 does not: a ReLU whose input is zero up to
-/// rounding passes its gradient or not, which a gradient far below sums up.
-pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitting: Splitting) -> PackedFilter<T> {
-    if isa.has_tiles() {
-        let depth = shape.kh * shape.kw * shape.c;
-        return PackedFilter::Tiles(isa, TileFilter::from_columns::<T>(isa, filter, depth, shape.o, splitting));
-    }
+/// What a forward pass is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Results alone: f32 may be multiplied as two bf16, and by Winograd's algorithm in the first layer.
+    Inference,
+    /// Gradients as well: a ReLU whose input is zero up to rounding passes its gradient or not, which a gradient far below sums up.
+    Training,
+}
+
+/// Filters `[o, kh, kw, c]` prepared for [`forward`].
+pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, purpose: Purpose) -> PackedFilter<T> {
     // What is rounded to bf16 anyway gives no exact zero.
-    let rows = winograd::rows::suits(isa, shape) && (splitting == Splitting::Two || T::PER_WORD > 1);
-    let algorithm = if rows { Algorithm::Rows } else { winograd::algorithm::<T>(isa, shape, shape.c, shape.o) };
+    let exact = purpose == Purpose::Training && T::PER_WORD == 1;
+    let algorithm = match winograd::rows::suits(isa, shape) && !exact {
+        true => Algorithm::Rows,
+        false => winograd::algorithm::<T>(isa, shape, shape.c, shape.o),
+    };
+    if !exact && suits_tiles::<T>(isa, shape, algorithm) {
+        return PackedFilter::Tiles(isa, on_tiles_product(shape).pack_columns::<T>(isa, filter, shape.o));
+    }
     match algorithm {
         Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
         algorithm if winograd::multiplies::<T>(isa) => {
@@ -186,10 +195,25 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, splitt
     }
 }
 
+/// Whether tiles are faster than `algorithm` would be: three products of tiles take about as long as one of f32, so that in f32
+/// Winograd's wins where it saves most of them.
+fn suits_tiles<T: Float>(isa: Isa, shape: &ConvShape, algorithm: Algorithm) -> bool {
+    let saves_most = algorithm != Algorithm::Direct && (algorithm == Algorithm::Rows || shape.stride == [1, 1]);
+    isa.has_tiles() && (T::PER_WORD == 2 || !saves_most)
+}
+
 /// Filters `[o, kh, kw, c]` packed for [`forward_directly`].
 pub fn pack_filter_directly<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape) -> PackedB<T> {
     let run = if shape.merges_taps() { shape.kw * shape.c } else { shape.c };
     PackedB::from_columns(isa, filter, shape.kh * shape.kw * shape.c, shape.o, run)
+}
+
+/// The forward pass as a product on tiles.
+fn on_tiles_product(shape: &ConvShape) -> Product {
+    match shape.merges_taps() {
+        true => Product::of_rows(shape.patches(shape.c), shape.kw),
+        false => Product::new(shape.patches(shape.c)),
+    }
 }
 
 /// `y = epilogue(conv(x, filter))`.
@@ -198,15 +222,9 @@ pub fn forward<T: Float>(x: &[T], filter: &PackedFilter<T>, shape: &ConvShape, e
         PackedFilter::Direct(filter) => forward_directly(x, filter, shape, epilogue, y),
         PackedFilter::Winograd(filter) => filter.forward(x, shape, epilogue, y),
         PackedFilter::WinogradWide(filter) => filter.forward(x, shape, epilogue, y),
-        PackedFilter::Tiles(isa, filter) => on_tiles!(*isa, U => {
-            let multiply = gemm_tiles::multiply::<U, T>;
-            if shape.merges_taps() {
-                let run = shape.kw * shape.c;
-                multiply(*isa, &pad(x, shape, run), &shape.merged_patches(run), filter, y, epilogue);
-            } else {
-                multiply(*isa, x, &shape.patches(shape.c), filter, y, epilogue);
-            }
-        }),
+        PackedFilter::Tiles(isa, filter) => {
+            on_tiles!(*isa, U => on_tiles_product(shape).multiply::<U, T>(*isa, x, filter, y, epilogue))
+        }
     }
 }
 
@@ -246,14 +264,16 @@ pub fn forward_directly<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShap
 
 /// Gradient to the input.
 pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
-    if isa.has_tiles() {
-        return backward_input_by_classes(dy, shape, shape.o, dx, |start, depth, gather, dx| {
-            let packed = TileFilter::from_rows::<T>(isa, filter, depth, shape.c, Splitting::Two, start);
-            on_tiles!(isa, U => gemm_tiles::multiply::<U, T>(isa, dy, gather, &packed, dx, Epilogue::default()));
+    let algorithm = winograd::algorithm::<T>(isa, shape, shape.o, shape.c);
+    if suits_tiles::<T>(isa, shape, algorithm) {
+        return backward_input_by_classes(dy, shape, shape.o, dx, |start, _, gather, dx| {
+            let product = Product::new(gather.clone());
+            let packed = product.pack_rows::<T>(isa, filter, shape.c, start);
+            on_tiles!(isa, U => product.multiply::<U, T>(isa, dy, &packed, dx, Epilogue::default()));
         });
     }
     let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
-    match winograd::algorithm::<T>(isa, shape, shape.o, shape.c) {
+    match algorithm {
         Algorithm::Direct => backward_input_directly(isa, dy, filter, shape, dx),
         _ if shape.stride != [1, 1] => backward_input_directly(isa, dy, filter, shape, dx),
         algorithm if winograd::multiplies::<T>(isa) => {
@@ -338,7 +358,7 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     if winograd::rows::suits(isa, shape) {
         winograd::rows_wgrad::backward_filter(isa, x, dy, shape, dfilter);
-    } else if winograd::wgrad::suits::<T>(isa, shape) {
+    } else if winograd::wgrad::suits::<T>(isa, shape) && !(isa.has_tiles() && T::PER_WORD == 2) {
         winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
     } else {
         backward_filter_directly(isa, x, dy, shape, dfilter);
@@ -347,16 +367,13 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
 
 /// [`backward_filter`] as a product over the patches.
 pub fn backward_filter_directly<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    let run = shape.kw * shape.c;
-    let padded;
-    let (x, patches) = if shape.merges_taps() {
-        padded = pad(x, shape, run);
-        (&*padded, shape.merged_patches(run))
-    } else {
-        (x, shape.patches(shape.c))
-    };
+    let patches = shape.patches(shape.c);
     if isa.has_tiles() {
-        on_tiles!(isa, U => gemm_tiles::multiply_transposed::<U, T>(isa, x, &patches, dy, shape.o, dfilter));
+        on_tiles!(isa, U => transposed::multiply_transposed::<U, T>(isa, x, &patches, dy, shape.o, dfilter));
+    } else if shape.merges_taps() {
+        let run = shape.kw * shape.c;
+        let padded = pad(x, shape, run);
+        multiply_transposed(isa, &padded, &shape.merged_patches(run), dy, shape.o, dfilter, Order::ColumnMajor);
     } else {
         multiply_transposed(isa, x, &patches, dy, shape.o, dfilter, Order::ColumnMajor);
     }

@@ -11,7 +11,6 @@
 
 use super::float::{Float, convert};
 use super::gather::{Gather, PADDING};
-use super::portable::Scalar;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -497,40 +496,6 @@ impl<'a, T: Float> Tile<'a, T> {
             }
         }
     }
-}
-
-/// `c[at..] = epilogue(sums)`, one row of C, of which `at` is the first element.
-///
-/// # Safety
-/// `c` has as many values from `at` on, which nothing else touches meanwhile; the residual is as long as `c`.
-pub(super) unsafe fn finish_row<T: Float>(isa: Isa, sums: &[f32], c: &Output<T>, at: usize, epilogue: Epilogue<T>) {
-    struct Row<'a, T>(&'a [f32], *mut T, usize, Epilogue<'a, T>);
-    impl<T: Float> Row<'_, T> {
-        /// # Safety
-        /// As for `finish_row`, and a vector from column `i` on lies within the row.
-        #[inline(always)]
-        unsafe fn finish<S: Simd>(&self, simd: S, i: usize) {
-            let Row(sums, c, at, epilogue) = self;
-            // SAFETY: the contract.
-            unsafe {
-                let bias = epilogue.bias.map(|bias| simd.load(bias[i..].as_ptr()));
-                epilogue.store(simd, simd.load(sums.as_ptr().add(i)), bias, *c, at + i);
-            }
-        }
-    }
-    impl<T: Float> Task for Row<'_, T> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, simd: S) {
-            let whole = self.0.len() / S::LANES * S::LANES;
-            // SAFETY: whole vectors, then what is left over one by one; the rest is the caller's word.
-            unsafe {
-                (0..whole).step_by(S::LANES).for_each(|i| self.finish(simd, i));
-                (whole..self.0.len()).for_each(|i| self.finish(Scalar, i));
-            }
-        }
-    }
-    dispatch(isa, Row(sums, c.pointer(), at, epilogue));
 }
 
 /// A vector of `bias` from `at` on, zero past its end.

@@ -3,7 +3,6 @@
 //! Work is cut by problem size, never by the number of threads, and sums of parts are added in a fixed order, so that the
 //! bits of a result do not depend on how many threads there are.
 
-pub mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -13,7 +12,6 @@ pub mod elementwise;
 pub mod float;
 pub mod gather;
 pub mod gemm;
-pub mod gemm_tiles;
 pub mod gemm_transposed;
 pub mod loss;
 #[cfg(target_arch = "aarch64")]
@@ -26,6 +24,7 @@ pub mod peak;
 pub mod pool;
 mod portable;
 mod simd;
+pub mod tiles;
 pub mod winograd;
 
 pub use float::Float;

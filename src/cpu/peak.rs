@@ -2,6 +2,10 @@
 
 use super::float::Float;
 use super::simd::{Isa, Simd, Task, dispatch};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::tiles::amx::{Amx, STEP, TILE, Tiles};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use half::bf16;
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::marker::PhantomData;
@@ -10,6 +14,9 @@ use std::time::Instant;
 /// Chains of multiply-adds that are under way together; more than latency times ports of any core there is.
 const CHAINS: usize = 12;
 const ROUNDS: usize = 4_000_000;
+/// Products of 2x2 tiles.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const TILE_ROUNDS: usize = 500_000;
 const REPEATS: usize = 5;
 /// Floats copied, well beyond every cache.
 const COPY: usize = 32 << 20;
@@ -42,12 +49,33 @@ fn best(run: impl Fn()) -> f64 {
     (0..REPEATS).map(|_| time()).fold(f64::INFINITY, f64::min)
 }
 
-/// Operations a second of all threads on values of type `T`, multiply-adds counted as two; the best of a few runs.
+/// Operations a second of all threads on values of type `T`, multiply-adds counted as two; the best of a few runs. Of bf16 those
+/// of tiles, where there are any.
 pub fn operations_per_second<T: Float>(isa: Isa) -> f64 {
     let threads = rayon::current_num_threads();
-    let seconds =
-        best(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| dispatch(isa, Chains::<T>(PhantomData))));
-    (2 * CHAINS * ROUNDS * isa.lanes() * T::PER_WORD * threads) as f64 / seconds
+    let time = |run: &(dyn Fn() + Sync)| {
+        best(|| (0..threads).into_par_iter().with_max_len(1).for_each(|_| run())) / (2 * threads) as f64
+    };
+    let vectors = CHAINS * ROUNDS * isa.lanes() * T::PER_WORD;
+    let vectors = vectors as f64 / time(&|| dispatch(isa, Chains::<T>(PhantomData)));
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if isa == Isa::Amx && isa.is_supported() && T::PER_WORD == 2 {
+        return vectors.max((TILE_ROUNDS * TILE * TILE * STEP) as f64 / time(&multiply_tiles::<Amx>));
+    }
+    vectors
+}
+
+/// Products of tiles that stay in L1.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn multiply_tiles<U: Tiles>() {
+    let values = [bf16::ZERO; TILE * STEP];
+    let halves = [values.as_ptr(), values[TILE * STEP / 2..].as_ptr()];
+    let mut tiles = U::new();
+    // SAFETY: either half holds 16 rows of 32 values.
+    unsafe {
+        tiles.start(std::ptr::null(), 0);
+        (0..TILE_ROUNDS).for_each(|_| tiles.multiply(halves, STEP, halves));
+    }
 }
 
 /// Bytes a second of a copy by all threads, read and written ones counted; the best of a few.

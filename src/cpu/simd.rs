@@ -58,7 +58,7 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Isa::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16"),
-            Isa::Amx => Isa::Avx512Bf16.is_supported() && super::amx::is_available(),
+            Isa::Amx => Isa::Avx512Bf16.is_supported() && super::tiles::amx::is_available(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -214,6 +214,31 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
                 *pair = f32::from_bits(low | high << 16);
             }
             self.load(pairs.as_ptr())
+        }
+    }
+    /// Of two rows of bf16 the words of their even and of their odd values: `2 * LANES` values of each row.
+    ///
+    /// # Safety
+    /// `first` and `second` are valid for reading `2 * LANES` values.
+    #[inline(always)]
+    unsafe fn pair_rows(self, first: *const bf16, second: *const bf16) -> [Self::V; 2] {
+        // SAFETY: the contract.
+        unsafe {
+            let ([even, odd], [even2, odd2]) = (self.load_pairs(first), self.load_pairs(second));
+            [self.pairs(even, even2), self.pairs(odd, odd2)]
+        }
+    }
+    /// 16 rows of 16 words, `stride` apart, to their columns one after the other.
+    ///
+    /// # Safety
+    /// `from` is valid for reading the rows, `to` for writing 256 words.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32) {
+        for (row, column) in (0..16).flat_map(|row| (0..16).map(move |column| (row, column))) {
+            // SAFETY: the contract. Words are moved as integers, so that no bit of them changes.
+            unsafe {
+                to.cast::<u32>().add(column * 16 + row).write(from.cast::<u32>().add(row * stride + column).read())
+            };
         }
     }
     /// `v`, but zero where `y` is zero or less.

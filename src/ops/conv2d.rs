@@ -7,7 +7,7 @@ use super::batch_norm::BatchStatistics;
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
 use crate::cpu::Isa;
-use crate::cpu::conv::{ConvShape, Splitting};
+use crate::cpu::conv::{ConvShape, Purpose};
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Tensor, with_float};
@@ -82,7 +82,7 @@ fn convolve(
     let mut statistics = None;
     let y = match x.device() {
         Device::Cpu => with_float!(x.dtype(), T => Tensor::build([shape.n, oh, ow, shape.o], |y| {
-            let packed = cpu::conv::pack_filter::<T>(Isa::current(), weight.as_slice(), &shape, Splitting::Three);
+            let packed = cpu::conv::pack_filter::<T>(Isa::current(), weight.as_slice(), &shape, Purpose::Training);
             let epilogue = Epilogue { bias: bias.map(|b| b.as_slice()), ..Default::default() };
             cpu::conv::forward(x.as_slice(), &packed, &shape, epilogue, y)
         })),

@@ -6,7 +6,7 @@
 use super::pool::{max_pool2d, pool_shape};
 use super::{Conv2dParams, require_f32, require_float};
 use crate::cpu::Isa;
-use crate::cpu::conv::{ConvShape, PackedFilter, Splitting};
+use crate::cpu::conv::{ConvShape, PackedFilter, Purpose};
 use crate::cpu::gemm::Epilogue;
 use crate::error::{Error, Result};
 use crate::tensor::pool::Scratch;
@@ -62,9 +62,9 @@ impl FusedConv2d {
                 Filter::Cuda { filter: cuda::conv::pack_filter(&folded, &shape, dtype)?, bias }
             }
             (Device::Cpu, DType::BF16) => {
-                Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape, Splitting::Two), bias)
+                Filter::Bf16(cpu::conv::pack_filter(isa, &folded, &shape, Purpose::Inference), bias)
             }
-            (Device::Cpu, _) => Filter::F32(cpu::conv::pack_filter(isa, &folded, &shape, Splitting::Two), bias),
+            (Device::Cpu, _) => Filter::F32(cpu::conv::pack_filter(isa, &folded, &shape, Purpose::Inference), bias),
         };
         Ok(FusedConv2d { filter, dtype, dims, params })
     }

@@ -1,7 +1,7 @@
 use crate::support::*;
 use half::bf16;
 use hone::DType;
-use hone::cpu::conv::{self, ConvShape, Splitting};
+use hone::cpu::conv::{self, ConvShape, Purpose};
 use hone::cpu::gemm::Epilogue;
 use hone::cpu::winograd::blocks::{self, BlockFilter};
 use hone::cpu::winograd::strips::{self, StripFilter};
@@ -85,11 +85,11 @@ fn check_in<T: Float>(shape: ConvShape, tolerance: f64, transformed: f64) {
         let packed = conv::pack_filter_directly(isa, &w, &shape);
         conv::forward_directly(&x, &packed, &shape, Epilogue::default(), &mut y);
         assert_close(&wide(&y), &want[0], tolerance, &name("direct forward"));
-        for splitting in [Splitting::Two, Splitting::Three] {
+        for purpose in [Purpose::Inference, Purpose::Training] {
             y.fill(T::from_f32(f32::NAN));
-            let packed = conv::pack_filter(isa, &w, &shape, splitting);
+            let packed = conv::pack_filter(isa, &w, &shape, purpose);
             conv::forward(&x, &packed, &shape, Epilogue::default(), &mut y);
-            assert_close(&wide(&y), &want[0], transformed, &name(&format!("forward {splitting:?}")));
+            assert_close(&wide(&y), &want[0], transformed, &name(&format!("forward {purpose:?}")));
         }
         let mut dx = vec![T::from_f32(f32::NAN); x.len()];
         conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx);
@@ -126,6 +126,19 @@ fn many_rows_are_split_into_parts() {
     // More than 4096 rows of dy, so that the filter's gradient is summed from several parts.
     check(shape([3, 41, 40, 4], [5, 3, 3], [1, 1], [1, 1]));
     check(shape([1, 80, 80, 17], [3, 1, 1], [1, 1], [0, 0]));
+}
+
+#[test]
+fn pictures_rows_and_channels_around_tiles() {
+    // Rows shorter and longer than what takes a plane for each column of the filter; channels beyond those of a task, and beside whole steps.
+    check(shape([3, 5, 15, 33], [129, 3, 3], [1, 1], [1, 1]));
+    check(shape([3, 5, 16, 32], [160, 3, 3], [1, 1], [1, 1]));
+    check(shape([5, 6, 34, 65], [31, 3, 3], [2, 2], [1, 1]));
+    check(shape([4, 7, 7, 64], [32, 1, 1], [2, 2], [0, 0]));
+    // Taps merged where a position is as long as a step.
+    check(shape([3, 6, 9, 15], [5, 2, 2], [1, 2], [1, 0]));
+    // A gradient to the filter in several parts, and slices of them.
+    check(shape([9, 33, 33, 33], [34, 3, 3], [1, 1], [1, 1]));
 }
 
 fn tile_edge() -> impl Strategy<Value = usize> {

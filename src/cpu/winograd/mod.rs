@@ -52,7 +52,7 @@ pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> A
     let fits =
         [shape.kh, shape.kw] == [3, 3] && shape.padding == [1, 1] && c.is_multiple_of(lanes) && o.is_multiple_of(lanes);
     match (shape.stride, c.max(o)) {
-        _ if !fits || isa.has_tiles() => Algorithm::Direct,
+        _ if !fits => Algorithm::Direct,
         ([1, 1], ..=blocks::MAX_CHANNELS) => Algorithm::Blocks,
         ([1, 1], ..=strips::MAX_CHANNELS) => Algorithm::Strips,
         // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.

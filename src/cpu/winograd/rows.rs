@@ -41,7 +41,7 @@ pub struct RowFilter<W> {
 /// vectors of outputs.
 pub fn suits(isa: Isa, shape: &ConvShape) -> bool {
     let few = shape.c <= MAX_CHANNELS && shape.o.is_multiple_of(isa.lanes());
-    few && shape.kw == ROW_TAPS && shape.stride[1] == PHASES && !isa.has_tiles()
+    few && shape.kw == ROW_TAPS && shape.stride[1] == PHASES
 }
 
 /// Planes of a position, whether there is a slot for all of them or not.

@@ -24,12 +24,25 @@ pub trait Tiles {
     /// # Safety
     /// If not null, `sums` is valid for `TILE` rows, `stride` f32 apart.
     unsafe fn start(&mut self, sums: *const f32, stride: usize);
-    /// Adds the product of `TILE` rows of `STEP` values from `a`, `a_stride` values apart, and of `STEP / 2` rows of `TILE` pairs
-    /// from `b`, `b_stride` values apart.
+    /// Adds the product of twice `TILE / 2` rows of `STEP` values from `a`, `a_stride` values apart, and of twice `STEP / 2` rows of
+    /// `TILE / 2` pairs from `b`, one after the other.
     ///
     /// # Safety
     /// `a` and `b` are valid for that.
-    unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize);
+    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]);
+    /// The same for values in two parts, the more significant ones first: adds the three products that matter.
+    ///
+    /// # Safety
+    /// As of [`Tiles::multiply`], for each part.
+    #[inline(always)]
+    unsafe fn multiply_parts(&mut self, a: [[*const bf16; 2]; 2], a_stride: usize, b: [[*const bf16; 2]; 2]) {
+        // SAFETY: the contract.
+        unsafe {
+            self.multiply(a[1], a_stride, b[0]);
+            self.multiply(a[0], a_stride, b[0]);
+            self.multiply(a[0], a_stride, b[1]);
+        }
+    }
     /// Stores the sums.
     ///
     /// # Safety
@@ -53,16 +66,20 @@ impl Tiles for Emulated {
         }
     }
 
-    unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize) {
+    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]) {
         for k in 0..STEP / 2 {
-            // SAFETY: the contract.
-            let b = unsafe { b.add(k * b_stride).cast::<[[bf16; 2]; TILE]>().read() };
-            let b = b.map(|pair| pair.map(bf16::to_f32));
-            for (i, row) in self.0.iter_mut().enumerate() {
+            for (half, b) in b.into_iter().enumerate() {
                 // SAFETY: the contract.
-                let [low, high] = unsafe { a.add(i * a_stride + 2 * k).cast::<[bf16; 2]>().read() }.map(bf16::to_f32);
-                for (sum, b) in row.iter_mut().zip(&b) {
-                    *sum += low * b[0] + high * b[1];
+                let b = unsafe { b.add(k * TILE).cast::<[[bf16; 2]; TILE / 2]>().read() };
+                let b = b.map(|pair| pair.map(bf16::to_f32));
+                for (i, row) in self.0.iter_mut().enumerate() {
+                    let at = i % (TILE / 2) * a_stride + 2 * k;
+                    // SAFETY: the contract.
+                    let pair = unsafe { a[i / (TILE / 2)].add(at).cast::<[bf16; 2]>().read_unaligned() };
+                    let [low, high] = pair.map(bf16::to_f32);
+                    for (sum, b) in row[half * (TILE / 2)..].iter_mut().zip(&b) {
+                        *sum += low * b[0] + high * b[1];
+                    }
                 }
             }
         }
@@ -150,19 +167,51 @@ mod hardware {
         }
 
         #[inline(always)]
-        unsafe fn multiply(&mut self, a: *const bf16, a_stride: usize, b: *const bf16, b_stride: usize) {
+        unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]) {
             // SAFETY: the contract; `new` has configured the tiles.
             unsafe {
-                asm!("tileloadd tmm4, [{a} + {a_stride}*1]",
-                     "tileloadd tmm6, [{b} + {b_stride}*1]",
+                asm!("tileloadd tmm4, [{upper} + {a_stride}*1]",
+                     "tileloadd tmm6, [{left} + {b_stride}*1]",
                      "tdpbf16ps tmm0, tmm4, tmm6",
-                     "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
+                     "tileloadd tmm7, [{right} + {b_stride}*1]",
                      "tdpbf16ps tmm1, tmm4, tmm7",
                      "tileloadd tmm5, [{lower} + {a_stride}*1]",
                      "tdpbf16ps tmm2, tmm5, tmm6",
                      "tdpbf16ps tmm3, tmm5, tmm7",
-                     a = in(reg) a, lower = in(reg) a.add(16 * a_stride), a_stride = in(reg) a_stride * 2,
-                     b = in(reg) b, b_stride = in(reg) b_stride * 2,
+                     upper = in(reg) a[0], lower = in(reg) a[1], a_stride = in(reg) a_stride * 2,
+                     left = in(reg) b[0], right = in(reg) b[1], b_stride = in(reg) 2 * TILE,
+                     options(nostack, readonly, preserves_flags));
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_parts(&mut self, a: [[*const bf16; 2]; 2], a_stride: usize, b: [[*const bf16; 2]; 2]) {
+            // Neighbouring products have one side in common, which is loaded once.
+            // SAFETY: the contract; `new` has configured the tiles.
+            unsafe {
+                asm!("tileloadd tmm4, [{low0} + {a_stride}*1]",
+                     "tileloadd tmm6, [{left} + {b_stride}*1]",
+                     "tdpbf16ps tmm0, tmm4, tmm6",
+                     "tileloadd tmm7, [{right} + {b_stride}*1]",
+                     "tdpbf16ps tmm1, tmm4, tmm7",
+                     "tileloadd tmm5, [{low1} + {a_stride}*1]",
+                     "tdpbf16ps tmm2, tmm5, tmm6",
+                     "tdpbf16ps tmm3, tmm5, tmm7",
+                     "tileloadd tmm4, [{high0} + {a_stride}*1]",
+                     "tdpbf16ps tmm0, tmm4, tmm6",
+                     "tdpbf16ps tmm1, tmm4, tmm7",
+                     "tileloadd tmm5, [{high1} + {a_stride}*1]",
+                     "tdpbf16ps tmm2, tmm5, tmm6",
+                     "tdpbf16ps tmm3, tmm5, tmm7",
+                     "tileloadd tmm6, [{left2} + {b_stride}*1]",
+                     "tdpbf16ps tmm0, tmm4, tmm6",
+                     "tileloadd tmm7, [{right2} + {b_stride}*1]",
+                     "tdpbf16ps tmm1, tmm4, tmm7",
+                     "tdpbf16ps tmm2, tmm5, tmm6",
+                     "tdpbf16ps tmm3, tmm5, tmm7",
+                     high0 = in(reg) a[0][0], high1 = in(reg) a[0][1], low0 = in(reg) a[1][0], low1 = in(reg) a[1][1],
+                     left = in(reg) b[0][0], right = in(reg) b[0][1], left2 = in(reg) b[1][0], right2 = in(reg) b[1][1],
+                     a_stride = in(reg) a_stride * 2, b_stride = in(reg) 2 * TILE,
                      options(nostack, readonly, preserves_flags));
             }
         }
@@ -224,7 +273,8 @@ mod hardware {
             // SAFETY: the slices are as large as the tiles.
             unsafe {
                 tiles.start(sums.as_ptr(), TILE);
-                tiles.multiply(a.as_ptr(), STEP, b.as_ptr(), 2 * TILE);
+                let (a, b) = (a.as_ptr(), b.as_ptr());
+                tiles.multiply([a, a.add(16 * STEP)], STEP, [b, b.add(16 * TILE)]);
                 tiles.finish(sums.as_mut_ptr(), TILE);
             }
             sums

@@ -1,0 +1,251 @@
+//! `C = B^T A` on tiles, summed over positions: the gradient to a filter.
+//!
+//! The tile's depth is the positions of outputs: on the left the gradients of output channels at 32 of them, and on the right those
+//! pixels of the input, two by two, that a tap sees from there. The former are turned once; the latter are a plane
+//! ([`Arrangement`]) whose neighbouring positions are paired, once beginning with an even and once with an odd one: then every tap is a
+//! run of pairs. Either side comes with its even channels first, because that is how words of two rows are cheapest to make; the sums
+//! are put in order when they are added up.
+//!
+//! A task takes some output channels and some pictures. It turns their gradients and then, 32 input channels at a time,
+//! pairs the input and multiplies: for each tap and 32 output channels over all positions, so that sums are stored once. Where its
+//! operands would not fit L2 it takes the pictures in slices.
+
+use super::super::float::{Float, split};
+use super::super::gather::Gather;
+use super::super::simd::{Isa, Simd, Task, dispatch};
+use super::amx::{STEP, TILE, Tiles};
+use super::planes::{Arrangement, NONE, Part, copy_step};
+use super::{HALF, Parts, multiply_parts, parts_of};
+use crate::tensor::pool::Scratch;
+use half::bf16;
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Output channels of a task.
+const COLUMNS: usize = 128;
+/// A gradient is divided among at least so many tasks, if it has as many pictures.
+const TASKS: usize = 4;
+/// Values of a tile of sums.
+const SUMS: usize = TILE * TILE;
+/// Bytes of a slice's operands: half of an L2 of 2 MiB.
+const SLICE: usize = 1 << 20;
+
+/// `c [columns of b, depth of a] = b^T (rows of a through gather)`, as [`super::super::gemm_transposed::multiply_transposed`]
+/// in column-major order.
+pub fn multiply_transposed<U: Tiles, T: Float>(
+    isa: Isa,
+    a: &[T],
+    gather: &Gather,
+    b: &[T],
+    columns: usize,
+    c: &mut [f32],
+) {
+    gather.check(a.len(), b.len() / columns.max(1));
+    let (taps, run) = (gather.taps.len(), gather.run);
+    assert_eq!(c.len(), taps * run * columns, "the result has the depth of A times the columns of B");
+    if gather.rows() == 0 || c.is_empty() {
+        return c.fill(0.0);
+    }
+    let arrangement = Arrangement::new(gather);
+    let (ranges, chunks) = (columns.div_ceil(COLUMNS), arrangement.chunks());
+    let parts = TASKS.div_ceil(ranges).min(gather.images);
+    // [part][range of columns][chunk of the run][tap][32 columns] of tiles of sums, the last range as long as the others.
+    let groups = columns.min(COLUMNS).div_ceil(TILE);
+    let task_len = chunks * taps * groups * SUMS;
+    let mut partial = Scratch::<f32>::take(parts * ranges * task_len);
+    partial.par_chunks_mut(task_len).enumerate().for_each(|(task, sums)| {
+        let (part, first) = (task / ranges, task % ranges * COLUMNS);
+        let pictures = part * gather.images / parts..(part + 1) * gather.images / parts;
+        let (columns, width, tiles) = (first..columns.min(first + COLUMNS), columns, PhantomData::<U>);
+        dispatch(isa, Sum { a, gather, arrangement: &arrangement, b, pictures, width, columns, sums, tiles });
+    });
+    c.par_chunks_mut(taps * run).enumerate().for_each(|(column, c)| {
+        let (range, group, row) = (column / COLUMNS, column % COLUMNS / TILE, in_order(column % TILE));
+        for (tap, c) in c.chunks_exact_mut(run).enumerate() {
+            for (chunk, c) in c.chunks_mut(TILE).enumerate() {
+                let tile = ((range * chunks + chunk) * taps + tap) * groups + group;
+                let mut sum = [0.0; TILE];
+                for part in partial.chunks_exact(ranges * task_len) {
+                    let (even, odd) = part[tile * SUMS + row * TILE..][..TILE].split_at(HALF);
+                    for ((sum, even), odd) in sum.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                        *sum = [sum[0] + even, sum[1] + odd];
+                    }
+                }
+                c.copy_from_slice(&sum[..c.len()]);
+            }
+        }
+    });
+}
+
+/// Where the sums of a row or column of 32 are: the even ones first.
+fn in_order(i: usize) -> usize {
+    i / 2 + i % 2 * HALF
+}
+
+/// The sums of some columns over some pictures, `[chunk][tap][32 columns]` of tiles.
+struct Sum<'a, U, T> {
+    a: &'a [T],
+    gather: &'a Gather,
+    arrangement: &'a Arrangement,
+    b: &'a [T],
+    pictures: Range<usize>,
+    /// Columns of `b` in all.
+    width: usize,
+    columns: Range<usize>,
+    sums: &'a mut [f32],
+    tiles: PhantomData<U>,
+}
+
+impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let count = parts_of::<T>();
+        let part = |pictures: Range<usize>| Part { pictures, rows: 0..self.gather.grid[0] };
+        // What a position takes: the gradients, and two versions of 32 channels.
+        let position = (self.columns.len() + 2 * TILE) * count * size_of::<bf16>();
+        let each = (SLICE / (position * self.arrangement.positions(&part(0..1)))).clamp(1, self.pictures.len());
+        let slices = self.pictures.len().div_ceil(each);
+        for slice in 0..slices {
+            let of = |i: usize| self.pictures.start + i * self.pictures.len() / slices;
+            let part = part(of(slice)..of(slice + 1));
+            match count {
+                1 => self.slice::<S, 1>(simd, &part, slice == 0),
+                _ => self.slice::<S, 2>(simd, &part, slice == 0),
+            }
+        }
+    }
+}
+
+impl<U: Tiles, T: Float> Sum<'_, U, T> {
+    #[inline(always)]
+    fn slice<S: Simd, const PARTS: usize>(&mut self, simd: S, part: &Part, first: bool) {
+        let (arrangement, taps) = (self.arrangement, self.gather.taps.len());
+        let positions = arrangement.positions(part).next_multiple_of(STEP);
+        let turned = self.turn(simd, part, PARTS);
+        let len = arrangement.chunk_len(part);
+        let pairs = (len / STEP).div_ceil(2);
+        let mut planes: Parts = super::parts(PARTS, arrangement.planes() * len);
+        // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
+        let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
+        let half = pairs * TILE;
+        let right = |tap: usize| {
+            let (plane, moved) = arrangement.tap(tap);
+            // Steps begin at even positions.
+            assert!(moved / 2 + positions / 2 <= pairs, "runs of pairs end inside the plane");
+            (plane * 2 + moved % 2) * 2 * half + moved / 2 * TILE
+        };
+        let right: Vec<usize> = (0..taps).map(right).collect();
+        let mut tiles = U::new();
+        // The last range may have fewer.
+        let groups = self.sums.len() / (arrangement.chunks() * taps * SUMS);
+        for chunk in 0..arrangement.chunks() {
+            arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
+            pair(simd, &planes, &mut paired, len / STEP, arrangement.planes());
+            let lefts: [*const bf16; PARTS] = std::array::from_fn(|part| turned[part].as_ptr());
+            let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
+            for (tap, &right) in right.iter().enumerate() {
+                for group in 0..self.columns.len().div_ceil(TILE) {
+                    let sums = &mut self.sums[((chunk * taps + tap) * groups + group) * SUMS..][..SUMS];
+                    // SAFETY: a tile of sums is there; the left side's tiles lie one after the other in `turned`, those of the right side
+                    // in `paired`, as asserted for each tap.
+                    unsafe {
+                        tiles.start(if first { std::ptr::null() } else { sums.as_ptr() }, TILE);
+                        for step in 0..positions / STEP {
+                            let left = (2 * group * positions / STEP + step) * HALF * STEP;
+                            let lower = left + positions * HALF;
+                            let right = right + step * HALF * TILE;
+                            let a = lefts.map(|part| [part.add(left), part.add(lower)]);
+                            let b = rights.map(|part| [part.add(right), part.add(right + half)]);
+                            multiply_parts(&mut tiles, a, STEP, b);
+                        }
+                        tiles.finish(sums.as_mut_ptr(), TILE);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The gradients of the columns, `[16 columns][32 positions][column][position]`, zero where there is no output.
+    #[inline(always)]
+    fn turn<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
+        let targets = self.arrangement.targets(part);
+        let (groups, steps) = (self.columns.len().div_ceil(TILE), targets.len() / STEP);
+        let mut turned: Parts = super::parts(count, groups * 2 * HALF * targets.len());
+        // Two rows of each part, and the words of 16 pairs of them, of even and of odd columns.
+        let mut rows: Parts = super::parts(count, 2 * TILE);
+        let mut words = [[[0.0f32; HALF * HALF]; 2]; 2];
+        for (step, positions) in targets.chunks_exact(STEP).enumerate() {
+            for group in 0..groups {
+                for (i, pair) in positions.chunks_exact(2).enumerate() {
+                    self.gradients(simd, pair[0], group * TILE, 0, &mut rows);
+                    self.gradients(simd, pair[1], group * TILE, TILE, &mut rows);
+                    for (words, rows) in words.iter_mut().zip(&rows) {
+                        for j in (0..HALF).step_by(S::LANES) {
+                            // SAFETY: twice as many values as lanes from `2 j` on lie in either row, and so many words in row `i`.
+                            unsafe {
+                                let row = rows.as_ptr().add(2 * j);
+                                let [even, odd] = simd.pair_rows(row, row.add(TILE));
+                                simd.store(words[0].as_mut_ptr().add(i * HALF + j), even);
+                                simd.store(words[1].as_mut_ptr().add(i * HALF + j), odd);
+                            }
+                        }
+                    }
+                }
+                for (words, turned) in words.iter().zip(&mut turned) {
+                    for (odd, words) in words.iter().enumerate() {
+                        let to = &mut turned[((2 * group + odd) * steps + step) * HALF * STEP..][..HALF * STEP];
+                        // SAFETY: 16 rows of 16 words on either side.
+                        unsafe { simd.transpose(words.as_ptr(), HALF, to.as_mut_ptr().cast()) };
+                    }
+                }
+            }
+        }
+        turned
+    }
+
+    /// The gradients of a pixel of the target for 32 of the columns from `first` on, to `rows[..][at..]`.
+    #[inline(always)]
+    fn gradients<S: Simd>(&self, simd: S, target: usize, first: usize, at: usize, rows: &mut Parts) {
+        if target == NONE {
+            return rows.iter_mut().for_each(|row| row[at..at + TILE].fill(bf16::ZERO));
+        }
+        let row = &self.b[target * self.width + self.columns.start..][..self.columns.len()];
+        let row = &row[first..row.len().min(first + TILE)];
+        if let Ok(row) = <&[T; TILE]>::try_from(row) {
+            copy_step(simd, row, at, rows);
+        } else {
+            split(simd, row, at, rows);
+            rows.iter_mut().for_each(|part| part[at + row.len()..at + TILE].fill(bf16::ZERO));
+        }
+    }
+}
+
+/// Pairs of neighbouring positions of planes of `positions`: `[plane][beginning with an even or an odd one][even or odd
+/// channels][pair][channel][position of the pair]`.
+#[inline(always)]
+fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, count: usize) {
+    let pairs = positions.div_ceil(2);
+    for (plane, paired) in planes.iter().zip(paired) {
+        assert!(plane.len() >= count * positions * STEP && paired.len() >= count * 4 * pairs * TILE);
+        for (i, odd) in (0..2 * count).map(|i| (i / 2, i % 2)) {
+            for j in 0..pairs {
+                // Past the end there is nothing that meets a gradient.
+                let first = i * positions + (2 * j + odd).min(positions - 1);
+                let second = i * positions + (2 * j + odd + 1).min(positions - 1);
+                for channel in (0..STEP).step_by(2 * S::LANES) {
+                    let to = ((i * 2 + odd) * 2 * pairs + j) * TILE + channel;
+                    // SAFETY: positions that are read are inside the plane, and the pair inside its version, as asserted.
+                    unsafe {
+                        let plane = plane.as_ptr().add(channel);
+                        let words = simd.pair_rows(plane.add(first * STEP), plane.add(second * STEP));
+                        simd.store(paired.as_mut_ptr().add(to).cast(), words[0]);
+                        simd.store(paired.as_mut_ptr().add(to + pairs * TILE).cast(), words[1]);
+                    }
+                }
+            }
+        }
+    }
+}
