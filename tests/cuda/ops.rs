@@ -1,4 +1,4 @@
-use crate::support::{assert_close, compare, compare_as, random, require_device, rounded};
+use crate::support::{assert_close, compare, compare_as, random, require_device, rounded, with_error_of_cpu};
 use hone::cuda::image::{Crop, normalise};
 use hone::ops::{self, Conv2dParams, CrossEntropy, FusedConv2d, Norm, Reduction, Statistics};
 use hone::{DType, Device, Tensor, cuda};
@@ -54,7 +54,7 @@ proptest! {
     #[test]
     fn conv2d_f32(case in cases()) {
         require_device!(Ok(()));
-        compare(&[case.x(), case.weight(), random(&[case.o], 3)], 2e-6, convolve(case));
+        compare(&[case.x(), case.weight(), random(&[case.o], 3)], with_error_of_cpu(2e-6), convolve(case));
     }
 
     #[test]
@@ -208,7 +208,7 @@ fn every_tile_with_every_epilogue() {
     for (precision, dtype) in [("f32", DType::F32), ("tf32", DType::F32), ("bf16", DType::BF16)] {
         cuda::context().unwrap().allow_tf32(precision == "tf32");
         let tolerance = match precision {
-            "f32" => 2e-6,
+            "f32" => with_error_of_cpu(2e-6),
             "tf32" => 2e-3,
             _ => 6e-3,
         };
@@ -249,7 +249,7 @@ fn gradients_of_large_layers() {
         Case { n: 1, h: 40, w: 37, c: 16, o: 136, k: 3, stride: 1, padding: 1 },
     ];
     for case in cases {
-        compare_as_filters(case, &[case.x(), case.weight()], DType::F32, 3e-6);
+        compare_as_filters(case, &[case.x(), case.weight()], DType::F32, with_error_of_cpu(3e-6));
         compare_as_filters(case, &[case.x(), rounded(&case.weight())], DType::BF16, 6e-3);
         cuda::context().unwrap().allow_tf32(true);
         compare_as_filters(case, &[case.x(), case.weight()], DType::F32, 2e-3);

@@ -196,26 +196,36 @@ impl<U, T: Float, const PARTS: usize> Job<'_, U, T, PARTS> {
     /// Finishes the sums of some positions from `column` on.
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, sums: &[[f32; TILE]; TILE], targets: &[usize], column: usize) {
-        let count = (self.b.columns - column).min(TILE);
-        let whole = count / S::LANES * S::LANES;
+        const { assert!(TILE.is_multiple_of(S::LANES) && S::LANES >= 4) };
+        // In locals, which no result can overwrite.
+        let (epilogue, c, columns) = (self.epilogue, self.c.pointer(), self.b.columns);
+        let count = (columns - column).min(TILE);
+        let mut bias = [0.0; TILE];
+        if let Some(values) = epilogue.bias {
+            bias[..count].copy_from_slice(&values[column..column + count]);
+        }
+        let mut vectors = [simd.splat(0.0); TILE / 4];
+        for (i, vector) in vectors.iter_mut().enumerate().take(TILE / S::LANES) {
+            // SAFETY: vectors of the tile's columns.
+            *vector = unsafe { simd.load(bias.as_ptr().add(i * S::LANES)) };
+        }
         for (sums, &target) in sums.iter().zip(targets) {
             if target == NONE {
                 continue;
             }
-            let at = target * self.b.columns + column;
-            for i in (0..whole).step_by(S::LANES) {
-                // SAFETY: rows of the target are this task's alone and lie inside `c`; a vector from this column on lies inside the row.
-                unsafe {
-                    let bias = self.epilogue.bias.map(|bias| simd.load(bias[column + i..].as_ptr()));
-                    let sum = simd.load(sums.as_ptr().add(i));
-                    self.epilogue.store(simd, sum, bias, self.c.pointer(), at + i);
+            let at = target * columns + column;
+            if count == TILE {
+                for (i, &bias) in vectors.iter().enumerate().take(TILE / S::LANES) {
+                    // SAFETY: rows of the target are this task's alone and lie inside `c`, and so do the tile's columns of them.
+                    unsafe {
+                        let sum = simd.load(sums.as_ptr().add(i * S::LANES));
+                        epilogue.store(simd, sum, Some(bias), c, at + i * S::LANES);
+                    }
                 }
-            }
-            for i in whole..count {
-                // SAFETY: as above, for one value.
-                unsafe {
-                    let bias = self.epilogue.bias.map(|bias| bias[column + i]);
-                    self.epilogue.store(Scalar, sums[i], bias, self.c.pointer(), at + i);
+            } else {
+                for i in 0..count {
+                    // SAFETY: as above, for the columns that there are.
+                    unsafe { epilogue.store(Scalar, sums[i], Some(bias[i]), c, at + i) };
                 }
             }
         }

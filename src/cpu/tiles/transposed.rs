@@ -138,12 +138,16 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             (plane * 2 + moved % 2) * 2 * half + moved / 2 * TILE
         };
         let right: Vec<usize> = (0..taps).map(right).collect();
+        let mut versions: Vec<usize> =
+            (0..taps).map(|tap| arrangement.tap(tap)).map(|(p, moved)| 2 * p + moved % 2).collect();
+        versions.sort_unstable();
+        versions.dedup();
         let mut tiles = U::new();
         // The last range may have fewer.
         let groups = self.sums.len() / (arrangement.chunks() * taps * SUMS);
         for chunk in 0..arrangement.chunks() {
             arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
-            pair(simd, &planes, &mut paired, len / STEP, arrangement.planes());
+            pair(simd, &planes, &mut paired, len / STEP, &versions);
             let lefts: [*const bf16; PARTS] = std::array::from_fn(|part| turned[part].as_ptr());
             let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
             for (tap, &right) in right.iter().enumerate() {
@@ -224,19 +228,20 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
 }
 
 /// Pairs of neighbouring positions of planes of `positions`: `[plane][beginning with an even or an odd one][even or odd
-/// channels][pair][channel][position of the pair]`.
+/// channels][pair][channel][position of the pair]`. Of the first two only `versions` are made.
 #[inline(always)]
-fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, count: usize) {
+fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, versions: &[usize]) {
     let pairs = positions.div_ceil(2);
     for (plane, paired) in planes.iter().zip(paired) {
-        assert!(plane.len() >= count * positions * STEP && paired.len() >= count * 4 * pairs * TILE);
-        for (i, odd) in (0..2 * count).map(|i| (i / 2, i % 2)) {
+        for &version in versions {
+            let (i, odd) = (version / 2, version % 2);
+            assert!(plane.len() >= (i + 1) * positions * STEP && paired.len() >= (version + 1) * 2 * pairs * TILE);
             for j in 0..pairs {
                 // Past the end there is nothing that meets a gradient.
                 let first = i * positions + (2 * j + odd).min(positions - 1);
                 let second = i * positions + (2 * j + odd + 1).min(positions - 1);
                 for channel in (0..STEP).step_by(2 * S::LANES) {
-                    let to = ((i * 2 + odd) * 2 * pairs + j) * TILE + channel;
+                    let to = (version * 2 * pairs + j) * TILE + channel;
                     // SAFETY: positions that are read are inside the plane, and the pair inside its version, as asserted.
                     unsafe {
                         let plane = plane.as_ptr().add(channel);
