@@ -181,7 +181,7 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, purpos
     let exact = purpose == Purpose::Training && T::PER_WORD == 1;
     let algorithm = match winograd::rows::suits(isa, shape) && !exact {
         true => Algorithm::Rows,
-        false => winograd::algorithm::<T>(isa, shape, shape.c, shape.o),
+        false => winograd::algorithm(isa, shape, shape.c, shape.o),
     };
     if !exact && suits_tiles::<T>(isa, shape, algorithm) {
         return PackedFilter::Tiles(isa, on_tiles_product(shape).pack_columns::<T>(isa, filter, shape.o));
@@ -264,7 +264,7 @@ pub fn forward_directly<T: Float>(x: &[T], filter: &PackedB<T>, shape: &ConvShap
 
 /// Gradient to the input.
 pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
-    let algorithm = winograd::algorithm::<T>(isa, shape, shape.o, shape.c);
+    let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
     if suits_tiles::<T>(isa, shape, algorithm) {
         return backward_input_by_classes(dy, shape, shape.o, dx, |start, _, gather, dx| {
             let product = Product::new(gather.clone());

@@ -22,8 +22,10 @@ use std::ops::Range;
 
 /// Tiles whose sums at a row of positions, or at half of a long one, fill the registers.
 const TILES: usize = 4;
-/// Registers that sums take.
-const SUMS: usize = 24;
+/// Registers that sums take, of as many as there are.
+const fn sums(registers: usize) -> usize {
+    if registers > 24 { 24 } else { 10 }
+}
 /// More tiles than these, divided by the values of a word, and filters are better transformed once for all.
 const MAX_TILES: usize = 8;
 /// Words of input channels whose taps are used for all rows before the next: they stay in L1. With a stride sums of several slots
@@ -32,13 +34,17 @@ const fn together(stride: usize) -> usize {
     if stride == 1 { WORDS / 2 } else { WORDS }
 }
 
-/// Whether so many tiles are few.
-pub(super) fn suits<W: Float>(isa: Isa, tiles: usize) -> bool {
-    tiles <= MAX_TILES / W::PER_WORD && isa.registers() > SUMS
+/// Whether so many tiles are few. Where registers are, those of groups of one or two tiles.
+pub(super) fn suits<W: Float>(isa: Isa, stride: usize, tiles: usize) -> bool {
+    let axis = axis::<W>(stride);
+    match sums(isa.registers()) >= SLOTS * TILES {
+        true => tiles <= MAX_TILES / W::PER_WORD,
+        false => group(tiles, phase_slots(axis, 0)) < TILES,
+    }
 }
 
 /// Slots of a row whose sums are in registers together for [`TILES`] tiles.
-const SLOTS: usize = SUMS / TILES;
+const SLOTS: usize = 6;
 
 /// Tiles whose sums are in registers together: where phases are long, those of one or two tiles at a whole row.
 fn group(tiles: usize, phase: usize) -> usize {
@@ -104,10 +110,6 @@ impl<W: Float, const STRIDE: usize> Task for Vector<'_, W, STRIDE> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Scratch<f32> {
-        // The others never come here, and need not be compiled.
-        if const { S::REGISTERS <= SUMS } {
-            unreachable!("{} registers", S::REGISTERS);
-        }
         let words = self.filter.c / W::PER_WORD;
         let across = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         let group = across * across * TILES * S::LANES;
@@ -156,14 +158,14 @@ impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
 }
 
 /// The slots of a row that are taken together, the first and how many: those of a phase, or where there is one that is too long
-/// for `tiles` tiles, a half of it. Opposite points stay together.
-const fn part_of_row<W: Float>(stride: usize, tiles: usize, part: usize) -> [usize; 2] {
+/// for `tiles` tiles in so many registers, a half of it. Opposite points stay together.
+const fn part_of_row<W: Float>(registers: usize, stride: usize, tiles: usize, part: usize) -> [usize; 2] {
     let axis = axis::<W>(stride);
     let all = phase_slots(axis, 0);
     match (stride, part) {
-        (1, 0) if all * tiles <= SUMS => [0, all],
+        (1, 0) if all * tiles <= sums(registers) => [0, all],
         (1, 0) => [0, SLOTS - 1],
-        (1, _) if all * tiles <= SUMS => [all, 0],
+        (1, _) if all * tiles <= sums(registers) => [all, 0],
         (1, _) => [SLOTS - 1, all - (SLOTS - 1)],
         _ => [first_slot(axis, part), phase_slots(axis, part)],
     }
@@ -217,10 +219,12 @@ impl<W: Float> Product<W> {
         // SAFETY: the contract.
         unsafe {
             match self.group {
-                1 if long => self.add::<S, STRIDE, ROW, 0, 1, false>(simd),
-                2 if long => self.add::<S, STRIDE, ROW, 0, 2, false>(simd),
-                _ if !long && self.corners => self.add_parts::<S, STRIDE, ROW, true>(simd),
-                _ => self.add_parts::<S, STRIDE, ROW, false>(simd),
+                1 if long => self.add_parts::<S, STRIDE, ROW, 1, false>(simd),
+                2 if long => self.add_parts::<S, STRIDE, ROW, 2, false>(simd),
+                // The others never come here, and need not be compiled.
+                _ if const { S::REGISTERS < SLOTS * TILES } => unreachable!("{} registers", S::REGISTERS),
+                _ if !long && self.corners => self.add_parts::<S, STRIDE, ROW, TILES, true>(simd),
+                _ => self.add_parts::<S, STRIDE, ROW, TILES, false>(simd),
             }
         }
     }
@@ -228,22 +232,27 @@ impl<W: Float> Product<W> {
     /// # Safety
     /// As for [`Product::add_row`].
     #[inline(always)]
-    unsafe fn add_parts<S: Simd, const STRIDE: usize, const ROW: usize, const CORNERS: bool>(&self, simd: S) {
+    unsafe fn add_parts<S: Simd, const STRIDE: usize, const ROW: usize, const GROUP: usize, const CORNERS: bool>(
+        &self,
+        simd: S,
+    ) {
         // SAFETY: the contract.
         unsafe {
-            self.add::<S, STRIDE, ROW, 0, TILES, CORNERS>(simd);
-            if const { part_of_row::<W>(STRIDE, TILES, 1)[1] > 0 } {
-                self.add::<S, STRIDE, ROW, 1, TILES, CORNERS>(simd);
+            self.add::<S, STRIDE, ROW, 0, GROUP, CORNERS>(simd);
+            if const { Self::slots::<S, STRIDE, GROUP, 1>()[1] > 0 } {
+                self.add::<S, STRIDE, ROW, 1, GROUP, CORNERS>(simd);
             }
         }
     }
 
-    /// Whether tile `tile` has products at slot `i` of a part of a row.
-    const fn has<const STRIDE: usize, const ROW: usize, const PART: usize, const GROUP: usize, const CORNERS: bool>(
-        i: usize,
-        tile: usize,
-    ) -> bool {
-        has_product::<W>(STRIDE, CORNERS, ROW, part_of_row::<W>(STRIDE, GROUP, PART)[0] + i, tile)
+    /// The slots of a part of a row, the first and how many.
+    const fn slots<S: Simd, const STRIDE: usize, const GROUP: usize, const PART: usize>() -> [usize; 2] {
+        part_of_row::<W>(S::REGISTERS, STRIDE, GROUP, PART)
+    }
+
+    /// Slot `i` of a part of a row.
+    const fn slot<S: Simd, const STRIDE: usize, const GROUP: usize, const PART: usize>(i: usize) -> usize {
+        Self::slots::<S, STRIDE, GROUP, PART>()[0] + i
     }
 
     /// Adds those at a part of the slots across, for `GROUP` tiles.
@@ -267,9 +276,9 @@ impl<W: Float> Product<W> {
         macro_rules! at_each {
             ($I:ident, $TILE:ident => $body:expr) => {
                 unrolled!($I => {
-                    if const { $I < part_of_row::<W>(STRIDE, GROUP, PART)[1] } {
+                    if const { $I < Self::slots::<S, STRIDE, GROUP, PART>()[1] } {
                         unrolled!($TILE => {
-                            if const { $TILE < GROUP && Self::has::<STRIDE, ROW, PART, GROUP, CORNERS>($I, $TILE) } {
+                            if const { $TILE < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, Self::slot::<S, STRIDE, GROUP, PART>($I), $TILE) } {
                                 $body
                             }
                         });
@@ -280,7 +289,7 @@ impl<W: Float> Product<W> {
         // Where the sum of a slot and a tile is.
         macro_rules! sum {
             ($I:ident, $TILE:ident) => {{
-                let position = const { position_of(axis::<W>(STRIDE), part_of_row::<W>(STRIDE, GROUP, PART)[0] + $I) };
+                let position = const { position_of(axis::<W>(STRIDE), Self::slot::<S, STRIDE, GROUP, PART>($I)) };
                 self.sums.wrapping_add((position * TILES + $TILE) * S::LANES)
             }};
         }
@@ -320,19 +329,19 @@ impl<W: Float> Product<W> {
                 }
             });
             unrolled!(I => {
-                if const { I < part_of_row::<W>(STRIDE, GROUP, PART)[1] } {
-                    let slot = const { part_of_row::<W>(STRIDE, GROUP, PART)[0] + I };
+                if const { I < Self::slots::<S, STRIDE, GROUP, PART>()[1] } {
+                    let slot = const { Self::slot::<S, STRIDE, GROUP, PART>(I) };
                     // One value after the other, as there are no registers for all.
                     let [mut low, mut high] = [simd.splat(0.0); 2];
                     unrolled!(VALUE => {
-                        if const { VALUE == value_of::<W>(STRIDE, part_of_row::<W>(STRIDE, GROUP, PART)[0] + I) } {
+                        if const { VALUE == value_of::<W>(STRIDE, Self::slot::<S, STRIDE, GROUP, PART>(I)) } {
                             low = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[0]);
                             high = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[1]);
                         }
                     });
                     let value = W::words(simd, low, high);
                     unrolled!(TILE => {
-                        if const { TILE < GROUP && Self::has::<STRIDE, ROW, PART, GROUP, CORNERS>(I, TILE) } {
+                        if const { TILE < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, Self::slot::<S, STRIDE, GROUP, PART>(I), TILE) } {
                             // SAFETY: the contract.
                             let input = unsafe { inputs.add(TILE * const { slots(axis::<W>(STRIDE)) } + slot).read_unaligned() };
                             let sum = &mut sums[I][TILE % TILES];

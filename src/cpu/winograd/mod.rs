@@ -47,7 +47,7 @@ pub enum Algorithm {
 
 /// The algorithm for a convolution of this geometry from `c` to `o` channels, but for the first layer's. Winograd's is for 3x3
 /// filters, padding one, and whole vectors of channels.
-pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
+pub fn algorithm(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> Algorithm {
     let lanes = isa.lanes();
     let fits =
         [shape.kh, shape.kw] == [3, 3] && shape.padding == [1, 1] && c.is_multiple_of(lanes) && o.is_multiple_of(lanes);
@@ -55,8 +55,7 @@ pub fn algorithm<T: Float>(isa: Isa, shape: &ConvShape, c: usize, o: usize) -> A
         _ if !fits => Algorithm::Direct,
         ([1, 1], ..=blocks::MAX_CHANNELS) => Algorithm::Blocks,
         ([1, 1], ..=strips::MAX_CHANNELS) => Algorithm::Strips,
-        // With a stride little more than half of the products are left: in f32 no gain over all of them in bf16.
-        ([2, 2], ..=strips::MAX_CHANNELS) if multiplies::<T>(isa) => Algorithm::Strips,
+        ([2, 2], ..=strips::MAX_CHANNELS) => Algorithm::Strips,
         _ => Algorithm::Direct,
     }
 }

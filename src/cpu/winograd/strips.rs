@@ -138,7 +138,7 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     y: &mut [T],
 ) {
     let tiles = TileGrid::new(shape, axis::<W>(STRIDE).outputs).count();
-    if few::suits::<W>(filter.isa, tiles) {
+    if few::suits::<W>(filter.isa, STRIDE, tiles) {
         return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
     }
     let slots = slots(axis::<W>(STRIDE));

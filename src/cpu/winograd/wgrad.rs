@@ -41,7 +41,7 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
-    shape.stride == [1, 1] && enough && super::algorithm::<T>(isa, shape, shape.c, shape.o) != Algorithm::Direct
+    shape.stride == [1, 1] && enough && super::algorithm(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.
