@@ -1,13 +1,13 @@
 //! `C = A^T B`, summed over the rows of A and B: the gradient to a filter or to the weight of a linear layer.
 //!
 //! A is read in place through a [`Gather`], as in [`super::gemm`]; here its runs lie along the rows of C. B is copied, a
-//! slice of rows and one panel of columns at a time, so that it stays in L1 while the whole depth of A passes by. There
+//! slice of rows and some columns at a time, so that it stays near while the whole depth of A passes by. There
 //! are far more rows than elements of C in a convolution's early layers and far fewer in its late ones, so the rows are
 //! split into parts by their number, every part makes a C of its own, and the parts are added in order at the end: the
 //! same bits however many threads there are.
 //!
 //! The sum is over rows, so that with bf16 a word must hold one value of each of two rows: both sides are interleaved, A too,
-//! a tap and a piece of its run at a time.
+//! a tap and a piece of its run at a time. So is f32 copied where more than one panel of columns uses the copy.
 
 use super::float::Float;
 use super::gather::{Gather, PADDING};
@@ -16,9 +16,11 @@ use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows of B in L1, in words: 128 rows of 64 columns are 32 KiB.
+/// Rows of B that are copied together, in words.
 pub(super) const SLICE: usize = 128;
-/// Values of A's runs that are interleaved together; as much as B's slice, so that both stay in L1.
+/// Columns of B that a task takes, one panel or more: A passes by once for all of them. With a slice's rows they are 32 KiB.
+const COLUMNS: usize = 64;
+/// Values of A's runs that are copied together, so that they stay in L1.
 const PIECE: usize = 48;
 /// Rows of the result that are transposed together.
 const TRANSPOSED_ROWS: usize = 32;
@@ -54,28 +56,26 @@ pub fn multiply_transposed<T: Float>(
     if c.is_empty() {
         return;
     }
-    let width = isa.tile_columns();
-    let (rows, panels) = (gather.rows(), columns.div_ceil(width));
+    let (rows, ranges) = (gather.rows(), columns.div_ceil(COLUMNS));
     let parts = rows.div_ceil(PART).max(1);
-    let tap_groups = TASKS.div_ceil(parts * panels).min(gather.taps.len());
+    let tap_groups = TASKS.div_ceil(parts * ranges).min(gather.taps.len());
     let taps_each = gather.taps.len().div_ceil(tap_groups);
-    // [part][panel][depth][width]; the tasks of a panel take consecutive taps, hence consecutive pieces of it.
-    let mut partial = Scratch::<f32>::take(parts * panels * depth * width);
-    let panel_len = depth * width;
+    // [part][range of columns][depth][column]; the tasks of a range take consecutive taps, hence consecutive pieces of it.
+    let mut partial = Scratch::<f32>::take(parts * ranges * depth * COLUMNS);
     partial
-        .par_chunks_mut(panel_len)
+        .par_chunks_mut(depth * COLUMNS)
         .enumerate()
-        .flat_map(|(i, panel)| {
-            panel.par_chunks_mut(taps_each * gather.run * width).enumerate().map(move |(group, out)| (i, group, out))
+        .flat_map(|(i, range)| {
+            range.par_chunks_mut(taps_each * gather.run * COLUMNS).enumerate().map(move |(group, out)| (i, group, out))
         })
         .for_each(|(i, group, out)| {
-            let (part, panel) = (i / panels, i % panels);
+            let (part, range) = (i / ranges, i % ranges);
             let taps = group * taps_each..((group + 1) * taps_each).min(gather.taps.len());
             let rows = (part * PART).min(rows)..((part + 1) * PART).min(rows);
-            let columns = panel * width..columns.min((panel + 1) * width);
+            let columns = range * COLUMNS..columns.min((range + 1) * COLUMNS);
             dispatch(isa, Part { a, gather, b, stride: b.len() / gather.target_rows(), rows, taps, columns, out });
         });
-    reduce(&partial, parts, depth, columns, width, c, order);
+    reduce(&partial, parts, depth, columns, COLUMNS, c, order);
 }
 
 /// Adds the parts, `[part][panel][depth][width]`, in order and stores the sums.
@@ -125,7 +125,7 @@ fn out_len(columns: usize, panel: usize, width: usize) -> usize {
     width.min(columns - panel * width)
 }
 
-/// Some rows, some taps and one panel of columns.
+/// Some rows, some taps and some columns, at most [`COLUMNS`].
 struct Part<'a, T> {
     a: &'a [T],
     gather: &'a Gather,
@@ -134,7 +134,7 @@ struct Part<'a, T> {
     rows: Range<usize>,
     taps: Range<usize>,
     columns: Range<usize>,
-    /// `[taps * run, width]`.
+    /// `[taps * run, COLUMNS]`.
     out: &'a mut [f32],
 }
 
@@ -145,17 +145,23 @@ impl<T: Float> Task for Part<'_, T> {
     fn run<S: Simd>(self, simd: S) {
         let Part { a, gather, b, stride, rows, taps, columns, out } = self;
         let (run, width) = (gather.run, S::LANES * S::VECTORS);
-        assert!(width <= 64 && out.len() == taps.len() * run * width);
+        assert!(COLUMNS.is_multiple_of(width) && columns.len() <= COLUMNS && out.len() == taps.len() * run * COLUMNS);
         if rows.is_empty() {
             out.fill(0.0);
         }
         let rows_of_slice = SLICE * T::PER_WORD;
         // A padded tap reads zeros, and so does a row that fills the last word.
         let zeros = vec![T::default(); run];
-        let nothing = [T::default(); 64];
-        let mut packed = Scratch::<T>::take(rows_of_slice * width);
+        let nothing = [T::default(); COLUMNS];
+        // [panel][word][column of the panel]
+        let panels = columns.len().div_ceil(width);
+        let mut packed = Scratch::<T>::take(panels * rows_of_slice * width);
         let mut pointers = vec![zeros.as_slice(); taps.len() * rows_of_slice];
-        let mut interleaved = Scratch::<T>::take(if T::PER_WORD == 1 { 0 } else { rows_of_slice * PIECE });
+        // f32 may be read where it lies. But long runs are often a power of two apart, and the few values that a tile takes of each
+        // displace one another from L1: where many panels share a copy it is faster.
+        let in_place = T::PER_WORD == 1 && (run <= PIECE || panels == 1);
+        let (piece, copied) = if in_place { (run, 0) } else { (PIECE, rows_of_slice * PIECE) };
+        let mut interleaved = Scratch::<T>::take(copied);
         let mut words = Vec::with_capacity(SLICE);
         for start in rows.clone().step_by(rows_of_slice) {
             let slice = start..rows.end.min(start + rows_of_slice);
@@ -168,40 +174,46 @@ impl<T: Float> Task for Part<'_, T> {
                     pointers[tap * rows_of_slice + i] = if padding { &zeros } else { &a[offset..][..run] };
                 }
             }
-            let row_of_b = |row: usize| match slice.contains(&row) {
-                true => &b[gather.target_row(row) * stride..][columns.clone()],
-                false => &nothing[..columns.len()],
-            };
-            for (word, packed) in packed.chunks_exact_mut(width * T::PER_WORD).take(count / T::PER_WORD).enumerate() {
-                let first = start + word * T::PER_WORD;
-                let (values, rest) = packed.split_at_mut(columns.len() * T::PER_WORD);
-                T::interleave(&[row_of_b(first), row_of_b(first + T::PER_WORD - 1)], values);
-                rest.fill(T::default());
-            }
-            for (pointers, out) in pointers.chunks_exact(rows_of_slice).zip(out.chunks_exact_mut(run * width)) {
-                let first = start == rows.start;
-                if T::PER_WORD == 1 {
-                    words.clear();
-                    words.extend(pointers[..count].iter().map(|run| run.as_ptr().cast()));
-                    multiply_runs(simd, &words, 0..run, &packed, first, out);
-                    continue;
+            for (panel, packed) in packed.chunks_exact_mut(rows_of_slice * width).enumerate() {
+                let columns = columns.start + panel * width..columns.end.min(columns.start + (panel + 1) * width);
+                let row_of_b = |row: usize| match slice.contains(&row) {
+                    true => &b[gather.target_row(row) * stride..][columns.clone()],
+                    false => &nothing[..columns.len()],
+                };
+                for (word, packed) in packed.chunks_exact_mut(width * T::PER_WORD).take(count / T::PER_WORD).enumerate()
+                {
+                    let first = start + word * T::PER_WORD;
+                    let (values, rest) = packed.split_at_mut(columns.len() * T::PER_WORD);
+                    T::interleave(&[row_of_b(first), row_of_b(first + T::PER_WORD - 1)], values);
+                    rest.fill(T::default());
                 }
-                for begin in (0..run).step_by(PIECE) {
-                    let piece = begin..run.min(begin + PIECE);
+            }
+            for (pointers, out) in pointers.chunks_exact(rows_of_slice).zip(out.chunks_exact_mut(run * COLUMNS)) {
+                let first = start == rows.start;
+                for begin in (0..run).step_by(piece) {
+                    let piece = begin..run.min(begin + piece);
                     words.clear();
-                    let targets = interleaved.chunks_exact_mut(piece.len() * T::PER_WORD);
-                    for (target, rows) in targets.zip(pointers[..count].chunks_exact(T::PER_WORD)) {
-                        T::interleave(&[&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]], target);
-                        words.push(target.as_ptr().cast());
+                    if in_place {
+                        words.extend(pointers[..count].iter().map(|run| run.as_ptr().cast()));
+                    } else {
+                        let targets = interleaved.chunks_exact_mut(piece.len() * T::PER_WORD);
+                        for (target, rows) in targets.zip(pointers[..count].chunks_exact(T::PER_WORD)) {
+                            T::interleave(&[&rows[0][piece.clone()], &rows[T::PER_WORD - 1][piece.clone()]], target);
+                            words.push(target.as_ptr().cast());
+                        }
                     }
-                    multiply_runs(simd, &words, 0..piece.len(), &packed, first, &mut out[begin * width..]);
+                    for (panel, packed) in packed.chunks_exact(rows_of_slice * width).enumerate() {
+                        let out = &mut out[begin * COLUMNS + panel * width..];
+                        multiply_runs(simd, &words, 0..piece.len(), packed, first, out, COLUMNS);
+                    }
                 }
             }
         }
     }
 }
 
-/// `out [words, width] (+)= sum over rows of run x b`, for some words of the runs. As many rows of `b` are packed as there are runs.
+/// `out [words, width] (+)= sum over rows of run x b`, for some words of the runs; `pitch` values from one row of `out` to the next. As
+/// many rows of `b` are packed as there are runs.
 #[inline(always)]
 pub(super) fn multiply_runs<S: Simd, T: Float>(
     simd: S,
@@ -210,15 +222,16 @@ pub(super) fn multiply_runs<S: Simd, T: Float>(
     b: &[T],
     first: bool,
     out: &mut [f32],
+    pitch: usize,
 ) {
     let width = S::LANES * S::VECTORS;
-    assert!(b.len() >= runs.len() * width * T::PER_WORD && out.len() >= words.len() * width);
-    let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, kind: std::marker::PhantomData };
+    assert!(b.len() >= runs.len() * width * T::PER_WORD && pitch >= width);
+    let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, pitch, kind: std::marker::PhantomData };
     let mut channel = words.start;
     while channel < words.end {
-        let out = &mut out[(channel - words.start) * width..];
+        let out = &mut out[(channel - words.start) * pitch..];
         // SAFETY: runs are readable for these words, and the chosen tile ends within them; `b` and `out` have as many full
-        // rows as the tile reads and writes.
+        // rows as the tile reads, and writes as it asserts.
         channel += unsafe {
             match words.end - channel {
                 6.. => tile.compute::<S, 6>(simd, channel, out),
@@ -236,6 +249,7 @@ struct Tile<'a, T> {
     runs: &'a [*const f32],
     b: *const f32,
     first: bool,
+    pitch: usize,
     kind: std::marker::PhantomData<T>,
 }
 
@@ -263,7 +277,7 @@ impl<T: Float> Tile<'_, T> {
     #[inline(always)]
     unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S, channel: usize, out: &mut [f32]) {
         let width = V * S::LANES;
-        assert!(out.len() >= R * width);
+        assert!(out.len() >= (R - 1) * self.pitch + width);
         let mut sums = [[simd.splat(0.0); V]; R];
         let mut b = self.b;
         for &run in self.runs {
@@ -283,9 +297,9 @@ impl<T: Float> Tile<'_, T> {
         // The sums are not moved into an iterator: that would pass them through memory.
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
-                // SAFETY: as asserted, `out` has `R` rows of `V` vectors.
+                // SAFETY: as asserted, `out` has `V` vectors of `R` rows.
                 unsafe {
-                    let out = out.as_mut_ptr().add(r * width + v * S::LANES);
+                    let out = out.as_mut_ptr().add(r * self.pitch + v * S::LANES);
                     let sum = if self.first { *sum } else { simd.add(simd.load(out), *sum) };
                     simd.store(out, sum);
                 }

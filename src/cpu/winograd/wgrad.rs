@@ -6,7 +6,7 @@
 
 use super::Algorithm;
 use super::axes::*;
-use super::parts::{Place, TileGrid};
+use super::parts::{Place, TileGrid, spread};
 use super::transforms::*;
 use super::window::Window;
 use crate::cpu::conv::ConvShape;
@@ -78,28 +78,38 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (grid, all) = (TileGrid::new(shape, M), slots_of::<M>().pow(2));
     let width = isa.tile_columns();
     let panels = c.div_ceil(width);
-    let sums_len = all * panels * o * width;
-    let together = TRANSFORMED.max(sums_len * size_of::<f32>());
+    let together = TRANSFORMED.max(all * panels * o * width * size_of::<f32>());
     let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
     let words = part.div_ceil(W::PER_WORD);
-    let mut inputs = Scratch::<W>::take(all * panels * words * width * W::PER_WORD);
-    let mut gradients = Scratch::<W>::take(all * words * o * W::PER_WORD);
+    let layout =
+        Layout { width, panels, word_of_inputs: width * W::PER_WORD, word_of_gradients: spread(o * W::PER_WORD) };
+    let mut inputs = Scratch::<W>::take(all * layout.inputs(words));
+    let mut gradients = Scratch::<W>::take(all * layout.gradients(words));
     let transform = |tiles: Range<usize>, inputs: &mut [W], gradients: &mut [W]| {
         let words = tiles.len().div_ceil(W::PER_WORD);
         let (inputs, gradients) = (&Output::new(inputs), &Output::new(gradients));
         (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
             let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
             let tiles = tiles.clone();
-            dispatch(isa, TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, inputs, gradients });
+            dispatch(
+                isa,
+                TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, layout, inputs, gradients },
+            );
         });
         words
     };
-    // Where the inputs and gradients lie that are multiplied at a position for a panel, of so many words.
-    let operands = |words: usize, position: usize, panel: usize| {
-        let (word_of_inputs, word_of_gradients) = (width * W::PER_WORD, o * W::PER_WORD);
-        let panel = (position * panels + panel) * words * word_of_inputs;
-        let rows = position * words * word_of_gradients;
-        (panel..panel + words * word_of_inputs, rows..rows + words * word_of_gradients)
+    // Adds the products of some filters at a position for a panel, of so many words.
+    let multiply = |[inputs, gradients]: [&[W]; 2],
+                    words: usize,
+                    [position, panel]: [usize; 2],
+                    filters,
+                    first,
+                    sums: &mut [f32]| {
+        let Layout { word_of_inputs, word_of_gradients: word, .. } = layout;
+        let inputs = &inputs[position * layout.inputs(words) + panel * words * word_of_inputs..];
+        let gradients = &gradients[position * layout.gradients(words)..][..words * word];
+        let inputs = &inputs[..words * word_of_inputs];
+        dispatch(isa, Multiply { gradients, inputs, word, filters, first, sums });
     };
     let finish = |sums: &[f32], position: usize, filter: usize, panel: usize, out: &Output<f32>| {
         let channels = panel * width..c.min((panel + 1) * width);
@@ -114,12 +124,10 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
             let (panel, block) = (task / blocks, task % blocks);
             let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
             // [position][o][column]
-            let position_len = filters.len() * width;
+            let position_len = spread(filters.len() * width);
             let mut sums = Scratch::<f32>::take(all * position_len);
             for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
-                let (inputs_at, gradients_at) = operands(words, position, panel);
-                let (inputs, gradients) = (&inputs[inputs_at], &gradients[gradients_at]);
-                dispatch(isa, Multiply { gradients, inputs, o, filters: filters.clone(), first: true, sums });
+                multiply([&inputs, &gradients], words, [position, panel], filters.clone(), true, sums);
             }
             for (i, filter) in filters.enumerate() {
                 finish(&sums[i * width..], position_len, filter, panel, out);
@@ -128,22 +136,25 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
         return;
     }
     // [position][panel][o][column]
-    let mut sums = Scratch::<f32>::take(sums_len);
+    let position_len = spread(panels * o * width);
+    let mut sums = Scratch::<f32>::take(all * position_len);
     if grid.count() == 0 {
         sums.fill(0.0);
     }
     for start in (0..grid.count()).step_by(words * W::PER_WORD) {
         let tiles = start..grid.count().min(start + words * W::PER_WORD);
         let words = transform(tiles, &mut inputs, &mut gradients);
-        sums.par_chunks_exact_mut(o * width).enumerate().for_each(|(i, sums)| {
-            let (inputs_at, gradients_at) = operands(words, i / panels, i % panels);
-            let (inputs, gradients) = (&inputs[inputs_at], &gradients[gradients_at]);
-            dispatch(isa, Multiply { gradients, inputs, o, filters: 0..o, first: start == 0, sums });
+        let positions = sums.par_chunks_exact_mut(position_len).map(|sums| &mut sums[..panels * o * width]).enumerate();
+        let tasks = positions.flat_map(|(position, sums)| {
+            sums.par_chunks_exact_mut(o * width).enumerate().map(move |(panel, sums)| (position, panel, sums))
+        });
+        tasks.for_each(|(position, panel, sums)| {
+            multiply([&inputs, &gradients], words, [position, panel], 0..o, start == 0, sums);
         });
     }
     (0..o * panels).into_par_iter().for_each(|i| {
         let (filter, panel) = (i / panels, i % panels);
-        finish(&sums[(panel * o + filter) * width..], panels * o * width, filter, panel, out);
+        finish(&sums[(panel * o + filter) * width..], position_len, filter, panel, out);
     });
 }
 
@@ -152,7 +163,29 @@ const fn slots_of<const M: usize>() -> usize {
     M + TAPS - 1
 }
 
-/// Some words of tiles of the input, to `[position][panel][word][column]`, and of the output's gradient, to `[position][word][o]`.
+/// How transformed tiles lie: inputs `[position][panel][word][column]`, gradients `[position][word][o]`.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// Columns of a panel, and panels.
+    width: usize,
+    panels: usize,
+    /// Values from one word to the next. Those of gradients are spread: a product takes a few of each.
+    word_of_inputs: usize,
+    word_of_gradients: usize,
+}
+
+impl Layout {
+    /// Values from one position to the next of so many words, spread: a tile has a vector at each.
+    fn inputs(&self, words: usize) -> usize {
+        spread(self.panels * words * self.word_of_inputs)
+    }
+
+    fn gradients(&self, words: usize) -> usize {
+        spread(words * self.word_of_gradients)
+    }
+}
+
+/// Some words of tiles of the input and of the output's gradient, transformed.
 struct TransformTiles<'a, T, W, const M: usize> {
     x: &'a [T],
     dy: &'a [T],
@@ -162,6 +195,7 @@ struct TransformTiles<'a, T, W, const M: usize> {
     block: Range<usize>,
     /// All words of the tiles.
     words: usize,
+    layout: Layout,
     inputs: &'a Output<W>,
     gradients: &'a Output<W>,
 }
@@ -172,9 +206,8 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let ConvShape { c, o, .. } = *self.shape;
-        let width = S::LANES * S::VECTORS;
-        let inputs_len = c.div_ceil(width) * self.words * width * W::PER_WORD;
-        let gradients_len = self.words * o * W::PER_WORD;
+        let Layout { width, word_of_inputs, word_of_gradients, .. } = self.layout;
+        let (inputs_len, gradients_len) = (self.layout.inputs(self.words), self.layout.gradients(self.words));
         let mut rooms = [Room::new(), Room::new()];
         let inputs_of =
             |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
@@ -193,10 +226,10 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             let outputs =
                 |i: usize, channel: usize| Pixels { window: &gradients[i], next: (&next_gradients[i], M), channel };
             for channel in (0..c).step_by(S::LANES) {
-                let at = (channel / width * self.words + word) * width + channel % width;
+                let at = (channel / width * self.words + word) * word_of_inputs + channel % width * W::PER_WORD;
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
                 unsafe {
-                    let first = self.inputs.pointer().add(at * W::PER_WORD);
+                    let first = self.inputs.pointer().add(at);
                     let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
                     let tiles = [pixels(0, channel), pixels(1, channel)];
                     transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words);
@@ -205,7 +238,7 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             for channel in (0..o).step_by(S::LANES) {
                 // SAFETY: as above, of `o` values.
                 unsafe {
-                    let first = self.gradients.pointer().add((word * o + channel) * W::PER_WORD);
+                    let first = self.gradients.pointer().add(word * word_of_gradients + channel * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
                     let tiles = [outputs(0, channel), outputs(1, channel)];
                     transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words);
@@ -243,7 +276,8 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
 struct Multiply<'a, W> {
     gradients: &'a [W],
     inputs: &'a [W],
-    o: usize,
+    /// Values from one word of gradients to the next.
+    word: usize,
     filters: Range<usize>,
     first: bool,
     sums: &'a mut [f32],
@@ -254,15 +288,15 @@ impl<W: Float> Task for Multiply<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (o, width) = (self.o, S::LANES * S::VECTORS);
-        assert!(self.filters.end <= o);
+        let width = S::LANES * S::VECTORS;
+        assert!(self.filters.end * W::PER_WORD <= self.word);
         let mut runs: Vec<*const f32> = Vec::with_capacity(SLICE);
         let inputs = self.inputs.chunks(SLICE * width * W::PER_WORD);
-        for (i, (gradients, inputs)) in self.gradients.chunks(SLICE * o * W::PER_WORD).zip(inputs).enumerate() {
+        for (i, (gradients, inputs)) in self.gradients.chunks(SLICE * self.word).zip(inputs).enumerate() {
             runs.clear();
-            let rows = gradients.chunks_exact(o * W::PER_WORD);
+            let rows = gradients.chunks_exact(self.word);
             runs.extend(rows.map(|row| row[self.filters.start * W::PER_WORD..].as_ptr().cast()));
-            multiply_runs(simd, &runs, 0..self.filters.len(), inputs, self.first && i == 0, self.sums);
+            multiply_runs(simd, &runs, 0..self.filters.len(), inputs, self.first && i == 0, self.sums, width);
         }
     }
 }
