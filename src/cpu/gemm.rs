@@ -1,8 +1,8 @@
 //! The matrix product under everything: `C = A B`, A read in place through a [`Gather`], B packed once.
 //!
 //! Blocking (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the packing of A left
-//! out): B is cut into panels as wide as the micro-kernel's tile and into blocks of about `DEPTH` rows, which stay in L1
-//! while all rows of a block of C pass by. A is not packed: its elements are broadcast, so that they need no particular
+//! out): B is cut into panels as wide as the micro-kernel's tile and into blocks of depth, which stay in L1 while all rows of
+//! a block of C pass by; some panels take a block of depth one after the other, so that A comes from L2. A is not packed: its elements are broadcast, so that they need no particular
 //! order, and a row is read through one pointer for each tap (the "indirection buffer" of Dukhan, "The indirect
 //! convolution algorithm", 2019). Every element of C is computed by the same sequence of operations wherever it lies and
 //! however the work is split, so the result depends neither on the threads nor on the other rows of the batch.
@@ -19,17 +19,18 @@ use std::ops::Range;
 
 /// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
 pub(super) const TILE_ROWS: usize = 6;
-/// Words of a block's depth: 128 rows of 64 columns fill 32 KiB of L1.
-const DEPTH: usize = 128;
+/// Columns that take a block of depth before the next block: one panel or more.
+const COLUMNS: usize = 64;
+/// Words of a panel's block of depth: 128 rows of 64 columns fill 32 KiB of L1.
+const BLOCK_WORDS: usize = 8 << 10;
+/// The rows of it at most, that those of A that are read with them stay in L1 too.
+const MAX_DEPTH: usize = 256;
 /// Rows of C that a task computes, unless there are too few tasks then.
 const BLOCK_ROWS: usize = 192;
 /// Fewer row blocks than this, and the panels become tasks of their own.
 const FEW_BLOCKS: usize = 16;
 /// Rows of B that are packed together, so that what they write stays in L1.
 const PACK_ROWS: usize = 64;
-
-/// What a padded tap reads.
-pub(super) static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
 
 /// The right side of a product, `[depth, columns]`, packed in panels: `[panel][word][tile columns][value of the word]`,
 /// zero-padded.
@@ -238,10 +239,10 @@ struct DepthBlock {
     words: Range<usize>,
 }
 
-/// Cuts `taps` runs of `run` words into blocks of at most [`DEPTH`], or one tap.
-fn depth_blocks(taps: usize, run: usize) -> Vec<DepthBlock> {
-    if run > DEPTH {
-        let parts = run.div_ceil(DEPTH);
+/// Cuts `taps` runs of `run` words into blocks of at most `depth`, or one tap.
+fn depth_blocks(taps: usize, run: usize, depth: usize) -> Vec<DepthBlock> {
+    if run > depth {
+        let parts = run.div_ceil(depth);
         let part = run.div_ceil(parts);
         let words = (0..parts).map(|i| i * part..run.min((i + 1) * part));
         return (0..taps)
@@ -249,7 +250,7 @@ fn depth_blocks(taps: usize, run: usize) -> Vec<DepthBlock> {
             .collect();
     }
     // Blocks of about the same depth: a shallow one would pass sums through memory for a few products.
-    let most = (DEPTH / run.max(1)).max(1);
+    let most = (depth / run.max(1)).max(1);
     let together = taps.div_ceil(taps.div_ceil(most).max(1)).max(1);
     (0..taps).step_by(together).map(|tap| DepthBlock { taps: tap..taps.min(tap + together), words: 0..run }).collect()
 }
@@ -262,61 +263,57 @@ impl<T: Float> Task for Block<'_, T> {
         let Block { a, gather, b, c, epilogue, rows, panels } = self;
         let taps = gather.taps.len();
         let tiles = rows.len().div_ceil(TILE_ROWS);
-        // Offsets of the runs of each tile: [tile][tap][row]. A tile past the end repeats its last row.
-        let mut offsets = vec![[PADDING; TILE_ROWS]; tiles * taps];
+        // What a padded tap reads.
+        let zeros = vec![T::default(); gather.run];
+        // The runs of each tile: [tile][tap][row]. A tile past the end repeats its last row.
+        let mut runs = vec![[std::ptr::null(); TILE_ROWS]; tiles * taps];
         let mut targets = vec![[0; TILE_ROWS]; tiles];
         for i in 0..tiles * TILE_ROWS {
             let row = (rows.start + i).min(rows.end - 1);
             let (tile, lane) = (i / TILE_ROWS, i % TILE_ROWS);
-            for (tap, offset) in gather.offsets(row).enumerate() {
-                offsets[tile * taps + tap][lane] = offset;
+            for (runs, offset) in runs[tile * taps..].iter_mut().zip(gather.offsets(row)) {
+                let of_tap = if offset == PADDING { &zeros[..] } else { &a[offset..][..gather.run] };
+                runs[lane] = of_tap.as_ptr().cast();
             }
             targets[tile][lane] = gather.target_row(row) * b.columns;
         }
         let run = gather.run / T::PER_WORD;
-        let blocks = depth_blocks(taps, run);
         let width = S::LANES * S::VECTORS;
-        let mut pointers = Vec::with_capacity(DEPTH);
-        // What the blocks of depth before have summed, [tile][row][column].
-        let mut partial = Scratch::<f32>::take(if blocks.len() > 1 { tiles * TILE_ROWS * width } else { 0 });
-        for panel in panels {
-            let packed = b.panel(panel);
-            let column = panel * width;
-            let columns = width.min(b.columns - column);
+        let blocks = depth_blocks(taps, run, (BLOCK_WORDS / width).min(MAX_DEPTH));
+        let sums_len = tiles * TILE_ROWS * width;
+        // What the blocks of depth before have summed, [panel][tile][row][column].
+        let mut partial = Scratch::<f32>::take(if blocks.len() > 1 { COLUMNS / width * sums_len } else { 0 });
+        for first in panels.clone().step_by(COLUMNS / width) {
+            let panels = first..panels.end.min(first + COLUMNS / width);
             for (i, block) in blocks.iter().enumerate() {
                 let words = block.words.len();
-                let b_block = &packed[(block.taps.start * run + block.words.start) * width * T::PER_WORD..];
-                assert!(b_block.len() >= block.taps.len() * words * width * T::PER_WORD && words <= DEPTH);
-                for tile in 0..tiles {
-                    pointers.clear();
-                    pointers.extend(offsets[tile * taps..][block.taps.clone()].iter().map(|lanes| {
-                        lanes.map(|offset| match offset {
-                            PADDING => ZEROS.as_ptr(),
-                            // In bounds: `Gather::check` has compared the furthest run with the source.
-                            offset => a[offset + block.words.start * T::PER_WORD..].as_ptr().cast(),
-                        })
-                    }));
-                    let sums =
-                        partial.get_mut(tile * TILE_ROWS * width..).map_or(std::ptr::null_mut(), |p| p.as_mut_ptr());
-                    let tile = Tile {
-                        runs: &pointers,
-                        words,
-                        first: 0,
-                        step: 1,
-                        b: b_block.as_ptr().cast(),
-                        c: c.0,
-                        targets: &targets[tile],
-                        rows: TILE_ROWS.min(rows.len() - tile * TILE_ROWS),
-                        column,
-                        columns,
-                        before: (i > 0).then_some(sums),
-                        after: (i + 1 < blocks.len()).then_some(sums),
-                        epilogue,
-                    };
-                    // SAFETY: `runs` are readable for `words` and `b` for all of them times the tile's width, as checked
-                    // above; there is more than one block where sums are kept, and room for a tile of them; `targets` are
-                    // rows of C, and this task alone writes these columns of them.
-                    unsafe { tile.compute(simd) };
+                for panel in panels.clone() {
+                    let column = panel * width;
+                    let b_block = &b.panel(panel)[(block.taps.start * run + block.words.start) * width * T::PER_WORD..];
+                    assert!(b_block.len() >= block.taps.len() * words * width * T::PER_WORD && block.words.end <= run);
+                    for tile in 0..tiles {
+                        let sums = partial.get_mut((panel - first) * sums_len + tile * TILE_ROWS * width..);
+                        let sums = sums.map_or(std::ptr::null_mut(), |sums| sums.as_mut_ptr());
+                        let tile = Tile {
+                            runs: &runs[tile * taps..][block.taps.clone()],
+                            words,
+                            first: block.words.start,
+                            step: 1,
+                            b: b_block.as_ptr().cast(),
+                            c: c.0,
+                            targets: &targets[tile],
+                            rows: TILE_ROWS.min(rows.len() - tile * TILE_ROWS),
+                            column,
+                            columns: width.min(b.columns - column),
+                            before: (i > 0).then_some(sums),
+                            after: (i + 1 < blocks.len()).then_some(sums),
+                            epilogue,
+                        };
+                        // SAFETY: `runs` are readable for all words of a run and `b` for all of the block's times the tile's
+                        // width, as checked above; there is more than one block where sums are kept, and room for a tile of
+                        // them; `targets` are rows of C, and this task alone writes these columns of them.
+                        unsafe { tile.compute(simd) };
+                    }
                 }
             }
         }

@@ -4,7 +4,7 @@
 //! (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). What
 //! is packed is packed in so many parts; values that are bf16 have one.
 //!
-//! Nothing is packed for each tap: [`planes`] are one rearranged copy of the input, and every tap of every output is a tile of it
+//! Nothing is packed for each tap: `planes` are one rearranged copy of the input, and every tap of every output is a tile of it
 //! where it lies. The filter is packed in the order in which it is read. [`multiply`] is the forward pass and the gradient to the input,
 //! [`transposed`] the gradient to the filter.
 

@@ -2,7 +2,7 @@
 //!
 //! The tile's depth is the positions of outputs: on the left the gradients of output channels at 32 of them, and on the right those
 //! pixels of the input, two by two, that a tap sees from there. The former are turned once; the latter are a plane
-//! ([`Arrangement`]) whose neighbouring positions are paired, once beginning with an even and once with an odd one: then every tap is a
+//! (`Arrangement`) whose neighbouring positions are paired, once beginning with an even and once with an odd one: then every tap is a
 //! run of pairs. Either side comes with its even channels first, because that is how words of two rows are cheapest to make; the sums
 //! are put in order when they are added up.
 //!

@@ -193,18 +193,32 @@ impl<W: Float> Task for Panel<'_, W> {
     fn run<S: Simd>(self, simd: S) {
         let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, values::<W>(1));
         let position_len = self.part.room() * width;
+        let tile_len = across * across * depth;
+        // The first position's inputs of the tiles that have a position; others' follow.
+        let mut runs = Vec::with_capacity(self.part.room() / TILE_ROWS);
+        let mut tiles: &[usize] = &[];
         for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
-            let tiles = self.part.tiles_at([position / across, position % across]);
-            for (tiles, sums) in tiles.chunks(TILE_ROWS).zip(products.chunks_exact_mut(TILE_ROWS * width)) {
-                let runs = [std::array::from_fn(|lane| {
-                    let tile = tiles[lane.min(tiles.len() - 1)];
-                    self.inputs[(tile * across * across + position) * depth..][..depth].as_ptr().cast()
-                })];
+            let there = self.part.tiles_at([position / across, position % across]);
+            if !std::ptr::eq(there, tiles) {
+                tiles = there;
+                runs.clear();
+                runs.extend(tiles.chunks(TILE_ROWS).map(|tiles| {
+                    std::array::from_fn(|lane| {
+                        let tile = tiles[lane.min(tiles.len() - 1)];
+                        self.inputs[tile * tile_len..][..tile_len].as_ptr().cast()
+                    })
+                }));
+            }
+            let groups = tiles.chunks(TILE_ROWS).zip(runs.chunks_exact(1));
+            for ((tiles, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
+                let words = depth / W::PER_WORD;
                 let extents = [tiles.len(), self.columns];
-                let tile = Tile::of_sums(&runs, depth / W::PER_WORD, b, extents, sums.as_mut_ptr());
-                // SAFETY: runs are `depth` long, `b` has as many full rows, and there is room for a full tile of sums.
+                let tile =
+                    Tile { first: position * words, ..Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr()) };
+                // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full
+                // tile of sums.
                 unsafe { tile.compute(simd) };
             }
         }

@@ -16,7 +16,7 @@ use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, ZEROS, narrowed};
+use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, narrowed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -32,6 +32,8 @@ const TRANSFORMED: usize = 11 << 20;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
+/// What a tile reads that lacks a slot.
+static ZEROS: [f32; WORDS] = [0.0; WORDS];
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
 /// Tiles that one picture has at most; pictures of a batch are already apart.
@@ -326,17 +328,17 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                 has.then(|| row * layout.row + slot * layout.slot + words.start * W::PER_WORD)
             });
             let first = words.start == 0 && [row, slot] == [i, j];
-            for (panel, sums) in sums.chunks_exact_mut(part.room() * width).take(panels).enumerate() {
-                let b = &filters[panel * depth * width..][..depth * width];
-                for start in (0..tiles.len()).step_by(TILE_ROWS) {
+            for start in (0..tiles.len()).step_by(TILE_ROWS) {
+                let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
+                    let tile = tiles[(start + lane).min(tiles.len() - 1)];
+                    match starts[part.class_of(tile)] {
+                        Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
+                        None => ZEROS[..words.len()].as_ptr(),
+                    }
+                })];
+                let sums = sums.chunks_exact_mut(part.room() * width);
+                for ((panel, b), sums) in filters.chunks_exact(depth * width).enumerate().zip(sums) {
                     let sums = sums[start * width..][..TILE_ROWS * width].as_mut_ptr();
-                    let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
-                        let tile = tiles[(start + lane).min(tiles.len() - 1)];
-                        match starts[part.class_of(tile)] {
-                            Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
-                            None => ZEROS[..words.len()].as_ptr(),
-                        }
-                    })];
                     let extents = [TILE_ROWS.min(tiles.len() - start), width.min(columns - panel * width)];
                     let tile = Tile {
                         before: (!first).then_some(sums),
