@@ -1,6 +1,6 @@
 //! Convolution: forward, gradient to the input, gradient to the filter, each as a product over an implicit matrix.
 
-use super::float::Float;
+use super::float::{Float, convert};
 use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
 use super::gemm_transposed::{Order, multiply_transposed};
@@ -154,6 +154,13 @@ fn whole_words<T: Float>(x: &[T], channels: usize) -> Cow<'_, [T]> {
     Cow::Owned(out)
 }
 
+/// `x` in f32: where no instruction multiplies pairs of bf16, doing it by others takes longer than this copy.
+fn widened<T: Float>(x: &[T]) -> Scratch<f32> {
+    let mut wide = Scratch::take(x.len());
+    convert(x, &mut wide);
+    wide
+}
+
 /// Filters for [`forward`], prepared for the algorithm that suits their shape.
 pub enum PackedFilter<T> {
     /// A product over the patches.
@@ -273,14 +280,19 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
         });
     }
     let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
-    match algorithm {
-        Algorithm::Direct => backward_input_directly(isa, dy, filter, shape, dx),
-        _ if shape.stride != [1, 1] => backward_input_directly(isa, dy, filter, shape, dx),
-        algorithm if winograd::multiplies::<T>(isa) => {
+    let direct = algorithm == Algorithm::Direct || shape.stride != [1, 1];
+    match winograd::multiplies::<T>(isa) {
+        true if direct => backward_input_directly(isa, dy, filter, shape, dx),
+        false if direct => {
+            let mut wide = Scratch::<f32>::take(dx.len());
+            backward_input_directly(isa, &widened(dy), filter, shape, &mut wide);
+            convert(&wide, dx);
+        }
+        true => {
             let filter = Winograd::<T>::for_backward_input(isa, algorithm, filter, shape);
             filter.forward(dy, &turned, Epilogue::default(), dx);
         }
-        algorithm => {
+        false => {
             let filter = Winograd::<f32>::for_backward_input(isa, algorithm, filter, shape);
             filter.forward(dy, &turned, Epilogue::default(), dx);
         }
@@ -360,8 +372,10 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
         winograd::rows_wgrad::backward_filter(isa, x, dy, shape, dfilter);
     } else if winograd::wgrad::suits::<T>(isa, shape) && !(isa.has_tiles() && T::PER_WORD == 2) {
         winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
-    } else {
+    } else if isa.has_tiles() || winograd::multiplies::<T>(isa) {
         backward_filter_directly(isa, x, dy, shape, dfilter);
+    } else {
+        backward_filter_directly(isa, &widened(x), &widened(dy), shape, dfilter);
     }
 }
 
