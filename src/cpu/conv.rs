@@ -280,19 +280,14 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
         });
     }
     let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
-    let direct = algorithm == Algorithm::Direct || shape.stride != [1, 1];
-    match winograd::multiplies::<T>(isa) {
-        true if direct => backward_input_directly(isa, dy, filter, shape, dx),
-        false if direct => {
-            let mut wide = Scratch::<f32>::take(dx.len());
-            backward_input_directly(isa, &widened(dy), filter, shape, &mut wide);
-            convert(&wide, dx);
-        }
-        true => {
+    match algorithm {
+        Algorithm::Direct => backward_input_directly(isa, dy, filter, shape, dx),
+        _ if shape.stride != [1, 1] => backward_input_directly(isa, dy, filter, shape, dx),
+        algorithm if winograd::multiplies::<T>(isa) => {
             let filter = Winograd::<T>::for_backward_input(isa, algorithm, filter, shape);
             filter.forward(dy, &turned, Epilogue::default(), dx);
         }
-        false => {
+        algorithm => {
             let filter = Winograd::<f32>::for_backward_input(isa, algorithm, filter, shape);
             filter.forward(dy, &turned, Epilogue::default(), dx);
         }
@@ -301,6 +296,11 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
 
 /// [`backward_input`] as products over patches of the output's gradient.
 pub fn backward_input_directly<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+    if !winograd::multiplies::<T>(isa) {
+        let mut wide = Scratch::<f32>::take(dx.len());
+        backward_input_directly(isa, &widened(dy), filter, shape, &mut wide);
+        return convert(&wide, dx);
+    }
     let dy = whole_words(dy, shape.o);
     let pixel = shape.o.next_multiple_of(T::PER_WORD);
     backward_input_by_classes(&dy, shape, pixel, dx, |start, depth, gather, dx| {
@@ -372,10 +372,8 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
         winograd::rows_wgrad::backward_filter(isa, x, dy, shape, dfilter);
     } else if winograd::wgrad::suits::<T>(isa, shape) && !(isa.has_tiles() && T::PER_WORD == 2) {
         winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
-    } else if isa.has_tiles() || winograd::multiplies::<T>(isa) {
-        backward_filter_directly(isa, x, dy, shape, dfilter);
     } else {
-        backward_filter_directly(isa, &widened(x), &widened(dy), shape, dfilter);
+        backward_filter_directly(isa, x, dy, shape, dfilter);
     }
 }
 
@@ -384,6 +382,8 @@ pub fn backward_filter_directly<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &C
     let patches = shape.patches(shape.c);
     if isa.has_tiles() {
         on_tiles!(isa, U => transposed::multiply_transposed::<U, T>(isa, x, &patches, dy, shape.o, dfilter));
+    } else if !winograd::multiplies::<T>(isa) {
+        backward_filter_directly(isa, &widened(x), &widened(dy), shape, dfilter);
     } else if shape.merges_taps() {
         let run = shape.kw * shape.c;
         let padded = pad(x, shape, run);

@@ -97,6 +97,12 @@ impl Gather {
         })
     }
 
+    /// The runs of `source` that those of `row` are, in the order of the taps; for padding `zeros`, which are as long.
+    #[inline]
+    pub fn runs<'a, T>(&'a self, row: usize, source: &'a [T], zeros: &'a [T]) -> impl Iterator<Item = &'a [T]> {
+        self.offsets(row).map(move |offset| if offset == PADDING { zeros } else { &source[offset..][..self.run] })
+    }
+
     /// Panics unless a source of `source` floats and a target of `target` rows fit every offset this can produce.
     pub fn check(&self, source: usize, target: usize) {
         assert!(source >= self.source_len() && target >= self.target_rows(), "buffers fit the geometry");

@@ -2,15 +2,15 @@
 //!
 //! Blocking (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the packing of A left
 //! out): B is cut into panels as wide as the micro-kernel's tile and into blocks of depth, which stay in L1 while all rows of
-//! a block of C pass by; some panels take a block of depth one after the other, so that A comes from L2. A is not packed: its elements are broadcast, so that they need no particular
-//! order, and a row is read through one pointer for each tap (the "indirection buffer" of Dukhan, "The indirect
+//! a block of C pass by; some panels take a block of depth one after the other, so that A comes from L2. A is not packed: its
+//! elements are broadcast, so that they need no particular order, and a row is read through one pointer for each tap (the "indirection buffer" of Dukhan, "The indirect
 //! convolution algorithm", 2019). Every element of C is computed by the same sequence of operations wherever it lies and
 //! however the work is split, so the result depends neither on the threads nor on the other rows of the batch.
 //!
 //! Depth is counted in words of 32 bits: an f32, or a pair of bf16 ([`Float`]).
 
 use super::float::{Float, convert};
-use super::gather::{Gather, PADDING};
+use super::gather::Gather;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -271,9 +271,8 @@ impl<T: Float> Task for Block<'_, T> {
         for i in 0..tiles * TILE_ROWS {
             let row = (rows.start + i).min(rows.end - 1);
             let (tile, lane) = (i / TILE_ROWS, i % TILE_ROWS);
-            for (runs, offset) in runs[tile * taps..].iter_mut().zip(gather.offsets(row)) {
-                let of_tap = if offset == PADDING { &zeros[..] } else { &a[offset..][..gather.run] };
-                runs[lane] = of_tap.as_ptr().cast();
+            for (runs, run) in runs[tile * taps..].iter_mut().zip(gather.runs(row, a, &zeros)) {
+                runs[lane] = run.as_ptr().cast();
             }
             targets[tile][lane] = gather.target_row(row) * b.columns;
         }
@@ -298,7 +297,6 @@ impl<T: Float> Task for Block<'_, T> {
                             runs: &runs[tile * taps..][block.taps.clone()],
                             words,
                             first: block.words.start,
-                            step: 1,
                             b: b_block.as_ptr().cast(),
                             c: c.0,
                             targets: &targets[tile],
@@ -325,9 +323,8 @@ pub(super) struct Tile<'a, T> {
     /// For each run, where each of the rows has it; past the last row anything readable.
     pub(super) runs: &'a [[*const f32; TILE_ROWS]],
     pub(super) words: usize,
-    /// The first word of a run, and how many there are from one to the next.
+    /// The first word of a run.
     pub(super) first: usize,
-    pub(super) step: usize,
     pub(super) b: *const f32,
     pub(super) c: *mut T,
     pub(super) targets: &'a [usize; TILE_ROWS],
@@ -355,7 +352,6 @@ impl<'a, T: Float> Tile<'a, T> {
             runs,
             words,
             first: 0,
-            step: 1,
             b: b.as_ptr().cast(),
             c: std::ptr::null_mut(),
             targets: &[0; TILE_ROWS],
@@ -400,7 +396,7 @@ impl<'a, T: Float> Tile<'a, T> {
     }
 
     /// # Safety
-    /// Each pointer of `runs` is readable for `words` words of any alignment, `step` apart from `first` on, `b` for as many rows of
+    /// Each pointer of `runs` is readable for `words` words of any alignment from `first` on, `b` for as many rows of
     /// the full tile's width, `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which
     /// nothing else touches meanwhile.
     #[inline(always)]
@@ -418,7 +414,7 @@ impl<'a, T: Float> Tile<'a, T> {
         let mut b = self.b;
         for pointers in self.runs {
             let pointers = *pointers;
-            let (mut at, end) = (self.first, self.first + self.words * self.step);
+            let (mut at, end) = (self.first, self.first + self.words);
             while at < end {
                 // SAFETY: the contract above.
                 let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
@@ -431,7 +427,7 @@ impl<'a, T: Float> Tile<'a, T> {
                 }
                 // SAFETY: one row further within B, or one past its end.
                 b = unsafe { b.add(width) };
-                at += self.step;
+                at += 1;
             }
         }
         // Through memory, so that nothing below asks for a register by its number: the sums would not be kept in registers

@@ -10,7 +10,7 @@
 //! a tap and a piece of its run at a time. So is f32 copied where more than one panel of columns uses the copy.
 
 use super::float::Float;
-use super::gather::{Gather, PADDING};
+use super::gather::Gather;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -168,10 +168,9 @@ impl<T: Float> Task for Part<'_, T> {
             let count = slice.len().next_multiple_of(T::PER_WORD);
             for i in 0..count {
                 let row = start + i;
-                let offsets = gather.offsets(row.min(slice.end - 1)).skip(taps.start).take(taps.len());
-                for (tap, offset) in offsets.enumerate() {
-                    let padding = offset == PADDING || !slice.contains(&row);
-                    pointers[tap * rows_of_slice + i] = if padding { &zeros } else { &a[offset..][..run] };
+                let runs = gather.runs(row.min(slice.end - 1), a, &zeros).skip(taps.start).take(taps.len());
+                for (tap, run) in runs.enumerate() {
+                    pointers[tap * rows_of_slice + i] = if slice.contains(&row) { run } else { &zeros };
                 }
             }
             for (panel, packed) in packed.chunks_exact_mut(rows_of_slice * width).enumerate() {

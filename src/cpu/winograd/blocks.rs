@@ -194,24 +194,17 @@ impl<W: Float> Task for Panel<'_, W> {
         let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, values::<W>(1));
         let position_len = self.part.room() * width;
         let tile_len = across * across * depth;
-        // The first position's inputs of the tiles that have a position; others' follow.
-        let mut runs = Vec::with_capacity(self.part.room() / TILE_ROWS);
-        let mut tiles: &[usize] = &[];
+        // Where the inputs of the tiles of each kind of positions begin, at the first position.
+        let runs = self.part.tiles.each_ref().map(|tiles| -> Vec<[*const f32; TILE_ROWS]> {
+            let start = |tile: usize| self.inputs[tile * tile_len..][..tile_len].as_ptr().cast();
+            let groups = tiles.chunks(TILE_ROWS);
+            groups.map(|tiles| std::array::from_fn(|lane| start(tiles[lane.min(tiles.len() - 1)]))).collect()
+        });
         for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
-            let there = self.part.tiles_at([position / across, position % across]);
-            if !std::ptr::eq(there, tiles) {
-                tiles = there;
-                runs.clear();
-                runs.extend(tiles.chunks(TILE_ROWS).map(|tiles| {
-                    std::array::from_fn(|lane| {
-                        let tile = tiles[lane.min(tiles.len() - 1)];
-                        self.inputs[tile * tile_len..][..tile_len].as_ptr().cast()
-                    })
-                }));
-            }
-            let groups = tiles.chunks(TILE_ROWS).zip(runs.chunks_exact(1));
+            let kind = self.part.kind([position / across, position % across]);
+            let groups = self.part.tiles[kind].chunks(TILE_ROWS).zip(runs[kind].chunks_exact(1));
             for ((tiles, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
                 let words = depth / W::PER_WORD;
                 let extents = [tiles.len(), self.columns];

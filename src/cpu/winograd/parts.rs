@@ -59,7 +59,7 @@ pub(super) struct Part {
     /// Positions of the tiles at the bottom, down, and of those at the right, across.
     edges: [usize; 2],
     /// The tiles that have a position, by [`Part::kind`].
-    tiles: [Vec<usize>; CLASSES],
+    pub tiles: [Vec<usize>; CLASSES],
     /// Where among those the first of each class is.
     firsts: [[usize; CLASSES]; CLASSES],
 }
@@ -102,7 +102,7 @@ impl Part {
     }
 
     /// Which edges' tiles have position `[i, j]`: 1 for those at the right, 2 for those at the bottom.
-    fn kind(&self, [i, j]: [usize; 2]) -> usize {
+    pub fn kind(&self, [i, j]: [usize; 2]) -> usize {
         usize::from(i < self.edges[0]) * 2 + usize::from(j < self.edges[1])
     }
 

@@ -106,9 +106,9 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
                     first,
                     sums: &mut [f32]| {
         let Layout { word_of_inputs, word_of_gradients: word, .. } = layout;
-        let inputs = &inputs[position * layout.inputs(words) + panel * words * word_of_inputs..];
+        let panel_len = words * word_of_inputs;
+        let inputs = &inputs[position * layout.inputs(words) + panel * panel_len..][..panel_len];
         let gradients = &gradients[position * layout.gradients(words)..][..words * word];
-        let inputs = &inputs[..words * word_of_inputs];
         dispatch(isa, Multiply { gradients, inputs, word, filters, first, sums });
     };
     let finish = |sums: &[f32], position: usize, filter: usize, panel: usize, out: &Output<f32>| {
