@@ -12,6 +12,8 @@ use super::winograd::{self, Algorithm, Winograd};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Mutex;
 
 /// Below this many input channels the taps of a filter's row are merged into one run over a padded copy of the input:
 /// runs of three floats would leave the micro-kernel mostly overhead.
@@ -173,6 +175,19 @@ pub enum PackedFilter<T> {
     Tiles(Isa, TileFilter),
 }
 
+impl<T: Float> PackedFilter<T> {
+    /// Pictures that a thread may take by themselves, as fast as all together: enough for the blocks of tiles that share a transformed
+    /// filter, or all of them if filters are transformed when they are used.
+    pub(super) fn pictures_together(&self, shape: &ConvShape) -> usize {
+        match self {
+            PackedFilter::Direct(_) if shape.merges_taps() => 1,
+            PackedFilter::Winograd(filter) => filter.pictures_together(shape),
+            PackedFilter::WinogradWide(filter) => filter.pictures_together(shape),
+            _ => shape.n,
+        }
+    }
+}
+
 /// What a forward pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -279,17 +294,33 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
             on_tiles!(isa, U => product.multiply::<U, T>(isa, dy, &packed, dx, Epilogue::default()));
         });
     }
-    let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
-    match algorithm {
-        Algorithm::Direct => backward_input_directly(isa, dy, filter, shape, dx),
-        _ if shape.stride != [1, 1] => backward_input_directly(isa, dy, filter, shape, dx),
-        algorithm if winograd::multiplies::<T>(isa) => {
-            let filter = Winograd::<T>::for_backward_input(isa, algorithm, filter, shape);
-            filter.forward(dy, &turned, Epilogue::default(), dx);
+    if algorithm == Algorithm::Direct || shape.stride != [1, 1] {
+        return backward_input_directly(isa, dy, filter, shape, dx);
+    }
+    BackwardFilter::new(isa, filter, shape).backward_input(dy, shape, dx);
+}
+
+/// Filters for the gradient to the input by Winograd's algorithm, of a stride of one: in the type of activations, or in f32 where no
+/// instruction multiplies these.
+enum BackwardFilter<T> {
+    Same(Winograd<T>),
+    Wide(Winograd<f32>),
+}
+
+impl<T: Float> BackwardFilter<T> {
+    fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Self {
+        let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
+        match winograd::multiplies::<T>(isa) {
+            true => BackwardFilter::Same(Winograd::for_backward_input(isa, algorithm, filter, shape)),
+            false => BackwardFilter::Wide(Winograd::for_backward_input(isa, algorithm, filter, shape)),
         }
-        algorithm => {
-            let filter = Winograd::<f32>::for_backward_input(isa, algorithm, filter, shape);
-            filter.forward(dy, &turned, Epilogue::default(), dx);
+    }
+
+    fn backward_input(&self, dy: &[T], shape: &ConvShape, dx: &mut [T]) {
+        let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
+        match self {
+            BackwardFilter::Same(filter) => filter.forward(dy, &turned, Epilogue::default(), dx),
+            BackwardFilter::Wide(filter) => filter.forward(dy, &turned, Epilogue::default(), dx),
         }
     }
 }
@@ -366,10 +397,69 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> Vec<(Vec<usize>, Gather)> 
     classes
 }
 
+/// The gradient of a convolution's output, `[n, oh, ow, o]`.
+#[derive(Clone, Copy)]
+pub enum OutputGradient<'a, T> {
+    /// In memory.
+    There(&'a [T]),
+    /// Made while it is used, so that it need not go to memory: given some rows of all pictures', fills them.
+    Made(&'a (dyn Fn(Range<usize>, &mut [T]) + Sync)),
+}
+
+impl<T> OutputGradient<'_, T> {
+    /// Number of its values.
+    pub(super) fn len(&self, shape: &ConvShape) -> usize {
+        match self {
+            OutputGradient::There(dy) => dy.len(),
+            OutputGradient::Made(_) => shape.n * shape.output().iter().product::<usize>() * shape.o,
+        }
+    }
+}
+
+/// Whether [`backward_as_made`] is for this convolution, with the gradient to the input or without: where the output's gradient of all
+/// pictures is too large for caches and that of one can be used by itself.
+pub fn takes_gradients_as_made<T: Float>(isa: Isa, shape: &ConvShape, with_input: bool) -> bool {
+    if winograd::rows::suits(isa, shape) {
+        return !with_input;
+    }
+    let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
+    let on_tiles = suits_tiles::<T>(isa, shape, algorithm);
+    algorithm == Algorithm::Blocks && !on_tiles && winograd::wgrad::suits_pictures::<T>(isa, shape)
+}
+
+/// Gradients to the filter and, if asked for with the filter, to the input, of a convolution whose output's gradient is made piece by
+/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it.
+pub fn backward_as_made<T: Float>(
+    isa: Isa,
+    x: &[T],
+    shape: &ConvShape,
+    make: &(dyn Fn(Range<usize>, &mut [T]) + Sync),
+    dfilter: &mut [f32],
+    with_input: Option<(&[f32], &mut [T])>,
+) {
+    if winograd::rows::suits(isa, shape) {
+        return winograd::rows_wgrad::backward_filter(isa, x, OutputGradient::Made(make), shape, dfilter);
+    }
+    let image = ConvShape { n: 1, ..*shape };
+    let ([oh, _], image_len) = (shape.output(), image.h * image.w * image.c);
+    let input = with_input.map(|(filter, dx)| {
+        let pictures: Vec<Mutex<&mut [T]>> = dx.chunks_exact_mut(image_len).map(Mutex::new).collect();
+        (BackwardFilter::<T>::new(isa, filter, &image), pictures)
+    });
+    let make = |picture: usize, dy: &mut [T]| {
+        make(picture * oh..(picture + 1) * oh, dy);
+        if let Some((filter, pictures)) = &input {
+            let mut dx = pictures[picture].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            filter.backward_input(dy, &image, &mut dx);
+        }
+    };
+    winograd::wgrad::backward_filter_by_pictures(isa, x, shape, &make, dfilter);
+}
+
 /// Gradient to the filter, `[o, kh, kw, c]`.
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     if winograd::rows::suits(isa, shape) {
-        winograd::rows_wgrad::backward_filter(isa, x, dy, shape, dfilter);
+        winograd::rows_wgrad::backward_filter(isa, x, OutputGradient::There(dy), shape, dfilter);
     } else if winograd::wgrad::suits::<T>(isa, shape) && !(isa.has_tiles() && T::PER_WORD == 2) {
         winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
     } else {

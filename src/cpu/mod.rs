@@ -8,6 +8,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod conv;
+pub mod conv_norm;
 pub mod elementwise;
 pub mod float;
 pub mod gather;

@@ -21,24 +21,81 @@ pub(super) fn chunk_of<T: Float>(channels: usize) -> usize {
 
 /// Mean and biased variance of every channel.
 pub fn statistics<T: Float>(x: &[T], mean: &mut [f32], variance: &mut [f32]) {
-    let channels = mean.len();
-    let chunk = chunk_of::<T>(channels);
-    let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
-    parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk)).for_each(|(part, x)| {
-        let (mean, squares) = part.split_at_mut(channels);
-        by_columns(channels, Moments { x, mean, squares });
-    });
-    for channel in 0..channels {
-        let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
-        for (part, x) in parts.chunks_exact(2 * channels).zip(x.chunks(chunk)) {
-            let rows = (x.len() / channels) as f64;
-            let delta = f64::from(part[channel]) - total;
-            squares += f64::from(part[channels + channel]) + delta * delta * count * rows / (count + rows);
-            total += delta * rows / (count + rows);
-            count += rows;
+    let mut moments = Moments::of_groups::<T>(x.len(), x.len().max(1), mean.len());
+    moments.groups().for_each(|part| part.take(x));
+    moments.combine(mean, variance);
+}
+
+/// Mean and squared deviations of pieces of `[rows, channels]`, each of which stays in cache, and what they are of. Groups of rows are
+/// cut into pieces alike, and may be taken apart.
+pub struct Moments {
+    /// `[piece][mean, squares][channel]`
+    parts: Scratch<f32>,
+    channels: usize,
+    /// Values of all groups, of one but the last, and of a piece but the last of a group.
+    values: usize,
+    group: usize,
+    piece: usize,
+}
+
+/// The moments of a group.
+pub struct Group<'a> {
+    parts: &'a mut [f32],
+    channels: usize,
+    values: usize,
+    piece: usize,
+}
+
+impl Moments {
+    /// Not yet taken, of `values` values of type `T` in groups of `group`; whole rows.
+    pub fn of_groups<T: Float>(values: usize, group: usize, channels: usize) -> Self {
+        let piece = chunk_of::<T>(channels);
+        assert!(group.is_multiple_of(channels) || group >= values, "groups are whole rows");
+        let pieces = values / group * group.div_ceil(piece) + (values % group).div_ceil(piece);
+        Moments { parts: Scratch::take(pieces * 2 * channels), channels, values, group, piece }
+    }
+
+    /// The groups, to be taken in any order.
+    pub fn groups(&mut self) -> impl Iterator<Item = Group<'_>> {
+        let Moments { ref mut parts, channels, values, group, piece } = *self;
+        let starts = (0..values).step_by(group);
+        starts.zip(parts.chunks_mut(group.div_ceil(piece) * 2 * channels)).map(move |(start, parts)| Group {
+            parts,
+            channels,
+            values: group.min(values - start),
+            piece,
+        })
+    }
+
+    /// Mean and biased variance of every channel of all that has been taken.
+    pub fn combine(&self, mean: &mut [f32], variance: &mut [f32]) {
+        let channels = self.channels;
+        let groups = (0..self.values).step_by(self.group).map(|start| self.group.min(self.values - start));
+        let pieces = groups.flat_map(|len| (0..len).step_by(self.piece).map(move |start| self.piece.min(len - start)));
+        for channel in 0..channels {
+            let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
+            for (part, values) in self.parts.chunks_exact(2 * channels).zip(pieces.clone()) {
+                let rows = (values / channels) as f64;
+                let delta = f64::from(part[channel]) - total;
+                squares += f64::from(part[channels + channel]) + delta * delta * count * rows / (count + rows);
+                total += delta * rows / (count + rows);
+                count += rows;
+            }
+            mean[channel] = total as f32;
+            variance[channel] = (squares / count) as f32;
         }
-        mean[channel] = total as f32;
-        variance[channel] = (squares / count) as f32;
+    }
+}
+
+impl Group<'_> {
+    /// Takes them of the group's rows.
+    pub fn take<T: Float>(self, x: &[T]) {
+        let Group { parts, channels, values, piece } = self;
+        assert_eq!(x.len(), values, "the group's rows");
+        parts.par_chunks_mut(2 * channels).zip(x.par_chunks(piece)).for_each(|(part, x)| {
+            let (mean, squares) = part.split_at_mut(channels);
+            by_columns(channels, PieceMoments { x, mean, squares });
+        });
     }
 }
 
@@ -160,13 +217,13 @@ fn flush<S: Simd, const V: usize>(simd: S, values: [S::V; V], totals: &mut Lanes
 }
 
 /// Mean, and sum of the squares of what is left when it is taken away.
-struct Moments<'a, T> {
+struct PieceMoments<'a, T> {
     x: &'a [T],
     mean: &'a mut [f32],
     squares: &'a mut [f32],
 }
 
-impl<T: Float> Columns for Moments<'_, T> {
+impl<T: Float> Columns for PieceMoments<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let (channels, width) = (self.mean.len(), V * S::LANES);

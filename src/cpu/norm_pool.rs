@@ -10,6 +10,7 @@ use super::norm_backward::{self, Gate};
 use super::pool::{PoolShape, max_pool_backward_row, max_pool_row_with_places};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// 1 or -1 for every channel, with which its scale is not negative.
 pub fn signs(scale: &[f32]) -> Vec<f32> {
@@ -37,16 +38,33 @@ pub fn backward_input<T: Float>(
     x: &[T],
     gate: Gate<T>,
     coefficients: [&[f32]; 3],
-    (dy, places): (&[T], &[u8]),
+    pooled: (&[T], &[u8]),
     shape: &PoolShape,
     dx: &mut [T],
 ) {
-    let (row_len, image) = (shape.w * shape.c, shape.output().iter().product::<usize>() * shape.c);
+    let row_len = shape.w * shape.c;
     assert!([x.len(), dx.len()] == [shape.n * shape.h * row_len; 2], "buffers fit the shape");
-    assert!([dy.len(), places.len()] == [shape.n * image; 2], "buffers fit the shape");
-    dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(i, (dx, x))| {
-        let image = i / shape.h * image..(i / shape.h + 1) * image;
-        max_pool_backward_row(&dy[image.clone()], &places[image], shape, i % shape.h, dx);
-        norm_backward::input_gradients_of_rows(x, gate, coefficients, None, dx);
+    dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(row, (dx, x))| {
+        backward_input_of_rows(x, gate, coefficients, pooled, shape, row..row + 1, dx);
     });
+}
+
+/// [`backward_input`] of some rows of all pictures', those that `x` and `dx` hold, on this thread.
+pub fn backward_input_of_rows<T: Float>(
+    x: &[T],
+    gate: Gate<T>,
+    coefficients: [&[f32]; 3],
+    (dy, places): (&[T], &[u8]),
+    shape: &PoolShape,
+    rows: Range<usize>,
+    dx: &mut [T],
+) {
+    let (row_len, image) = (shape.w * shape.c, shape.output().iter().product::<usize>() * shape.c);
+    assert!([x.len(), dx.len()] == [rows.len() * row_len; 2], "buffers fit the shape");
+    assert!([dy.len(), places.len()] == [shape.n * image; 2], "buffers fit the shape");
+    for (row, (dx, x)) in rows.zip(dx.chunks_exact_mut(row_len).zip(x.chunks_exact(row_len))) {
+        let image = row / shape.h * image..(row / shape.h + 1) * image;
+        max_pool_backward_row(&dy[image.clone()], &places[image], shape, row % shape.h, dx);
+        norm_backward::input_gradients_of_rows(x, gate, coefficients, None, dx);
+    }
 }

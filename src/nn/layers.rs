@@ -5,7 +5,7 @@ use super::parameter::Parameter;
 use crate::autograd;
 use crate::cpu::conv::ConvShape;
 use crate::error::Result;
-use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, Statistics};
+use crate::ops::{self, BatchStatistics, Conv2dParams, FusedConv2d, Norm, NormBy};
 use crate::tensor::{CpuBuffer, DType, Device, Tensor};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -129,28 +129,15 @@ impl BatchNorm2d {
         training && self.batch_statistics.load(Ordering::Relaxed)
     }
 
-    /// `act(norm(x) + residual)`, pooled if asked for; `taken` are the batch's statistics if the convolution before has them.
-    fn forward(
-        &self,
-        x: &Tensor,
-        taken: Option<BatchStatistics>,
-        Then { residual, relu, pooling }: Then,
-        training: bool,
-    ) -> Result<Tensor> {
-        let (gamma, beta) = (&self.weight.tensor(), &self.bias.tensor());
-        let how = Norm { gamma, beta, eps: EPS, residual, relu, pooling };
-        if !self.takes_batch_statistics(training) {
-            let (mean, variance) = (&self.running_mean.tensor(), &self.running_var.tensor());
-            return Ok(ops::norm_act(x, Statistics::Stored(mean, variance), how)?.0);
-        }
-        let (y, statistics) = ops::norm_act(x, Statistics::Batch(taken), how)?;
+    /// Follows a batch's statistics, if they have been taken.
+    fn follow(&self, statistics: Option<BatchStatistics>) -> Result<()> {
         if let Some(BatchStatistics { mean, variance, count }) = statistics {
             let unbiased = count as f32 / (count - 1) as f32;
             self.running_mean.blend(&mean, 1.0 - MOMENTUM, MOMENTUM)?;
             self.running_var.blend(&variance, 1.0 - MOMENTUM, MOMENTUM * unbiased)?;
-            self.count_batch(training);
+            self.count_batch(true);
         }
-        Ok(y)
+        Ok(())
     }
 
     /// Counts a batch, if it changes the running statistics.
@@ -167,15 +154,6 @@ impl BatchNorm2d {
         let (gamma, beta, mean) = (values(&self.weight)?, values(&self.bias)?, values(&self.running_mean)?);
         Ok(ops::scale_and_shift(&gamma, &beta, &mean, &rstd))
     }
-}
-
-/// What comes after a norm, in this order.
-#[derive(Clone, Copy)]
-struct Then<'a> {
-    residual: Option<&'a Tensor>,
-    relu: bool,
-    /// Extent of the windows, stride and padding.
-    pooling: Option<[usize; 3]>,
 }
 
 /// A convolution without bias and the batch norm after it, the unit that residual networks are made of.
@@ -225,17 +203,26 @@ impl ConvBn {
         if !inputs_need && self.is_fixed(training) {
             return ops::fused_conv2d(x, &*self.fused(x.dtype())?, residual, relu);
         }
-        self.forward_apart(x, Then { residual, relu, pooling: None }, training)
+        self.forward_apart(x, residual, relu, None, training)
     }
 
-    /// The convolution, then the norm with what comes after it.
-    fn forward_apart(&self, x: &Tensor, then: Then, training: bool) -> Result<Tensor> {
-        let weight = self.weight.tensor();
-        let (y, taken) = match self.bn.takes_batch_statistics(training) {
-            true => ops::conv2d_with_statistics(x, &weight, self.params)?,
-            false => (ops::conv2d(x, &weight, None, self.params)?, None),
-        };
-        self.bn.forward(&y, taken, then, training)
+    /// With the norm apart from the filters, by the batch's statistics if it is told so, and pooled if asked for.
+    fn forward_apart(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        relu: bool,
+        pooling: Option<[usize; 3]>,
+        training: bool,
+    ) -> Result<Tensor> {
+        let (bn, weight) = (&self.bn, self.weight.tensor());
+        let (gamma, beta) = (&bn.weight.tensor(), &bn.bias.tensor());
+        let (mean, variance) = (&bn.running_mean.tensor(), &bn.running_var.tensor());
+        let by = if bn.takes_batch_statistics(training) { NormBy::Batch } else { NormBy::Stored(mean, variance) };
+        let how = Norm { gamma, beta, eps: EPS, residual, relu, pooling };
+        let (y, statistics) = ops::conv2d_norm_act(x, &weight, self.params, by, how)?;
+        bn.follow(statistics)?;
+        Ok(y)
     }
 
     /// [`ConvBn::forward`] of a fixed layer on the CPU with residual and ReLU, to the elements of `y` from `first` on.
@@ -249,7 +236,7 @@ impl ConvBn {
         if !x.requires_grad() && self.is_fixed(training) {
             return ops::fused_conv2d_max_pool(x, &*self.fused(x.dtype())?, true, pooling);
         }
-        self.forward_apart(x, Then { residual: None, relu: true, pooling: Some(pooling) }, training)
+        self.forward_apart(x, None, true, Some(pooling), training)
     }
 
     /// Whether it is the same map for every picture, and nothing of it is trained.

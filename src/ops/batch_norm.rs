@@ -15,6 +15,7 @@ use crate::cpu::{Float, elementwise, norm, norm_pool};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
+use std::ops::Range;
 
 /// Statistics of a batch, for the running averages.
 #[derive(Clone)]
@@ -92,7 +93,7 @@ pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option
     Ok((y, Some(statistics)))
 }
 
-fn check(x: &Tensor, how: &Norm) -> Result<usize> {
+pub(super) fn check(x: &Tensor, how: &Norm) -> Result<usize> {
     require_float("batch_norm", &[x])?;
     let channels = match x.dims().last() {
         Some(&channels) if channels > 0 => channels,
@@ -142,59 +143,25 @@ pub(crate) fn reciprocal_deviation(variance: &[f32], eps: f32) -> Vec<f32> {
 
 /// Normalises and records. `count` is the number of rows if the statistics are those of `x`.
 fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<usize>) -> Result<Tensor> {
-    let Norm { gamma, beta, eps, residual, relu, pooling } = how;
+    let Norm { gamma, beta, residual, pooling, .. } = how;
     if let Some([kernel, stride, padding]) = pooling
         && (x.device() == Device::Cuda || residual.is_some())
     {
         let y = apply(x, mean, variance, Norm { pooling: None, ..how }, count)?;
         return max_pool2d(&y, kernel, stride, padding);
     }
-    let shape = pooling.map(|[kernel, stride, padding]| pool_shape(x.dims(), kernel, stride, padding)).transpose()?;
-    let (mut pooled, dims) = (None, x.shape().clone());
-    let y = match x.device() {
-        Device::Cpu => with_float!(x.dtype(), T => {
-            let rstd = reciprocal_deviation(variance.as_slice(), eps);
-            let (scale, shift) = scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd);
-            let x = x.as_slice::<T>();
-            match shape {
-                None => Tensor::build(dims, |y| {
-                    norm::affine(x, &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
-                }),
-                Some(shape) => {
-                    let ([oh, ow], signs) = (shape.output(), norm_pool::signs(&scale));
-                    let dims = [shape.n, oh, ow, shape.c];
-                    let mut places = CpuBuffer::take::<u8>(dims.iter().product());
-                    let maxima = Tensor::build(dims, |maxima: &mut [T]| {
-                        norm_pool::signed_max_pool(x, &signs, &shape, maxima, places.as_mut_slice());
-                    });
-                    let y = Tensor::build(dims, |y| {
-                        norm::affine::<T>(maxima.as_slice(), &product(&scale, &signs), &shift, None, relu, y);
-                    });
-                    pooled = Some(Pooled { maxima, places, shape });
-                    y
-                }
-            }
-        }),
-        Device::Cuda => {
-            let affine = cuda::norm::Affine { gamma, beta, mean, variance, eps };
-            cuda::norm::normalise(x, affine, residual, relu)?
+    let pooled = match pooling {
+        None => None,
+        Some([kernel, stride, padding]) => {
+            let shape = pool_shape(x.dims(), kernel, stride, padding)?;
+            with_float!(x.dtype(), T => Some(Pooled::new::<T>(gamma, shape, |signs, maxima, places| {
+                norm_pool::signed_max_pool(x.as_slice::<T>(), signs, &shape, maxima, places)
+            })))
         }
     };
+    let (y, saved) = normalise(x, mean, variance, how, count, pooled)?;
     let inputs: Vec<&Tensor> = [x, gamma, beta].into_iter().chain(residual).collect();
-    Ok(record("batch_norm", y, &inputs, |y| {
-        let saved = Saved {
-            x: x.detach(),
-            // The next layer keeps it as well; where it is positive the ReLU lets pass.
-            y: (relu && (residual.is_some() || x.device() == Device::Cuda)).then(|| y.clone()),
-            relu,
-            pooled,
-            gamma: gamma.detach(),
-            beta: beta.detach(),
-            mean: mean.detach(),
-            variance: variance.detach(),
-            eps,
-            count,
-        };
+    Ok(record("batch_norm", y, &inputs, |_| {
         Box::new(move |dy, needs| match dy.device() {
             Device::Cpu => with_float!(dy.dtype(), T => saved.backward::<T>(dy, needs)),
             Device::Cuda => saved.backward_on_cuda(dy, needs),
@@ -202,15 +169,76 @@ fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<
     }))
 }
 
+/// Normalises, and gives what the backward pass reads as well; on the CPU what is to be pooled is so already.
+pub(super) fn normalise(
+    x: &Tensor,
+    mean: &Tensor,
+    variance: &Tensor,
+    how: Norm,
+    count: Option<usize>,
+    pooled: Option<Pooled>,
+) -> Result<(Tensor, Saved)> {
+    let Norm { gamma, beta, eps, residual, relu, .. } = how;
+    let y = match x.device() {
+        Device::Cpu => with_float!(x.dtype(), T => {
+            let rstd = reciprocal_deviation(variance.as_slice(), eps);
+            let (scale, shift) = scale_and_shift(gamma.as_slice(), beta.as_slice(), mean.as_slice(), &rstd);
+            match &pooled {
+                None => Tensor::build(x.shape().clone(), |y| {
+                    norm::affine::<T>(x.as_slice(), &scale, &shift, residual.map(|r| r.as_slice()), relu, y)
+                }),
+                Some(Pooled { maxima, signs, .. }) => Tensor::build(maxima.shape().clone(), |y| {
+                    norm::affine::<T>(maxima.as_slice(), &product(&scale, signs), &shift, None, relu, y);
+                }),
+            }
+        }),
+        Device::Cuda => {
+            let affine = cuda::norm::Affine { gamma, beta, mean, variance, eps };
+            cuda::norm::normalise(x, affine, residual, relu)?
+        }
+    };
+    let saved = Saved {
+        x: x.detach(),
+        // The next layer keeps it as well; where it is positive the ReLU lets pass.
+        y: (relu && (residual.is_some() || x.device() == Device::Cuda)).then(|| y.clone()),
+        relu,
+        pooled,
+        gamma: gamma.detach(),
+        beta: beta.detach(),
+        mean: mean.detach(),
+        variance: variance.detach(),
+        eps,
+        count,
+    };
+    Ok((y, saved))
+}
+
 /// What was pooled: [`norm_pool::signed_max_pool`] of the input.
-struct Pooled {
+pub(super) struct Pooled {
     maxima: Tensor,
     places: CpuBuffer,
     shape: PoolShape,
+    signs: Vec<f32>,
+}
+
+impl Pooled {
+    /// Of a norm's scale: its sign is that of what values are multiplied with. `pool` is given a channel's signs and fills maxima and
+    /// places.
+    pub(super) fn new<T: Float>(
+        gamma: &Tensor,
+        shape: PoolShape,
+        pool: impl FnOnce(&[f32], &mut [T], &mut [u8]),
+    ) -> Pooled {
+        let ([oh, ow], signs) = (shape.output(), norm_pool::signs(gamma.as_slice()));
+        let dims = [shape.n, oh, ow, shape.c];
+        let mut places = CpuBuffer::take::<u8>(dims.iter().product());
+        let maxima = Tensor::build(dims, |maxima| pool(&signs, maxima, places.as_mut_slice()));
+        Pooled { maxima, places, shape, signs }
+    }
 }
 
 /// What the backward pass reads.
-struct Saved {
+pub(super) struct Saved {
     x: Tensor,
     /// What the ReLU gave, if that is not a function of `x` alone.
     y: Option<Tensor>,
@@ -224,64 +252,118 @@ struct Saved {
     count: Option<usize>,
 }
 
+/// The gradient to a norm's input on the CPU, still to be computed: `a * g + b * x + c`, where `g` is what the gate lets pass of `dy`.
+pub(super) struct InputGradient {
+    x: Tensor,
+    dy: Tensor,
+    /// `scale` and `shift`, if a ReLU's gate is still to be applied.
+    gate: Option<[Vec<f32>; 2]>,
+    coefficients: [Vec<f32>; 3],
+    pooled: Option<Pooled>,
+}
+
+impl InputGradient {
+    fn gate<T: Float>(&self) -> Gate<'_, T> {
+        self.gate.as_ref().map_or(Gate::Open, |[scale, shift]| Gate::Affine([scale, shift]))
+    }
+
+    /// That of some rows of all pictures', for an input `[N, H, ...]`.
+    pub(super) fn of_rows<T: Float>(&self, rows: Range<usize>, dx: &mut [T]) {
+        let row_len = self.x.dims()[2..].iter().product::<usize>();
+        let values = rows.start * row_len..rows.end * row_len;
+        let (x, dy) = (&self.x.as_slice::<T>()[values.clone()], self.dy.as_slice::<T>());
+        match &self.pooled {
+            Some(Pooled { places, shape, .. }) => {
+                let dy = (dy, places.as_slice());
+                norm_pool::backward_input_of_rows(x, self.gate(), self.coefficients(), dy, shape, rows, dx);
+            }
+            None => norm_backward::backward_input(x, self.gate(), self.coefficients(), Some(&dy[values]), dx),
+        }
+    }
+
+    /// That of all of the input.
+    pub(super) fn whole<T: Float>(mut self) -> Tensor {
+        let x = self.x.clone();
+        let x = x.as_slice::<T>();
+        if let Some(Pooled { places, shape, .. }) = &self.pooled {
+            let dy = (self.dy.as_slice(), places.as_slice());
+            return Tensor::build(self.x.shape().clone(), |dx| {
+                norm_pool::backward_input(x, self.gate(), self.coefficients(), dy, shape, dx);
+            });
+        }
+        // In place, if nothing else has the gradient.
+        let dy = std::mem::replace(&mut self.dy, self.x.clone());
+        dy.replaced(|dy, dx| norm_backward::backward_input(x, self.gate(), self.coefficients(), dy, dx))
+    }
+
+    fn coefficients(&self) -> [&[f32]; 3] {
+        self.coefficients.each_ref().map(|vector| &vector[..])
+    }
+}
+
+/// The gradients of a norm.
+pub(super) struct Gradients {
+    pub(super) input: Option<InputGradient>,
+    pub(super) gamma: Option<Tensor>,
+    pub(super) beta: Option<Tensor>,
+    /// As many as there are residuals.
+    pub(super) residual: Option<Option<Tensor>>,
+}
+
 impl Saved {
     fn backward<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Gradients { input, gamma, beta, residual } = self.gradients::<T>(dy, needs)?;
+        let dx = input.map(|input| input.whole::<T>());
+        Ok([dx, gamma, beta].into_iter().chain(residual).collect())
+    }
+
+    /// Of the input, the scale, the shift, and the residual if there is one, those that are needed; on the CPU.
+    pub(super) fn gradients<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Gradients> {
         let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
         let (channels, rstd) = (mean.len(), reciprocal_deviation(self.variance.as_slice(), self.eps));
         let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
         let (scale, shift) = scale_and_shift(gamma, self.beta.as_slice(), mean, &rstd);
-        let (x, mut gate) = (self.x.as_slice::<T>(), Gate::Open);
-        if let Some(y) = &self.y {
-            gate = Gate::Outputs(y.as_slice());
-        } else if self.relu {
-            gate = Gate::Affine([&scale, &shift]);
-        }
+        let affine = || if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
         // Batch statistics need both sums for the input's gradient as well.
         let sums_are_needed = self.count.is_some() || needs[1] || needs[2];
-        let coefficients =
-            |dgamma: &[f32], dbeta: &[f32]| input_coefficients(gamma, mean, &rstd, dgamma, dbeta, self.count);
-        let dx;
-        let mut dresidual = None;
-        if let Some(Pooled { maxima, places, shape }) = &self.pooled {
-            let mut dy = dy;
+        let mut dy = dy;
+        if let Some(Pooled { maxima, signs, .. }) = &self.pooled {
             if sums_are_needed {
-                let signs = norm_pool::signs(&scale);
-                let (scale, mean) = (product(&scale, &signs), product(mean, &signs));
+                let (scale, mean) = (product(&scale, signs), product(mean, signs));
                 let gate = if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
                 dy = dy.map_in_place(|dy| {
                     let x = maxima.as_slice::<T>();
                     norm_backward::parameter_gradients(x, gate, dy, [&mean, &rstd], &mut dgamma, &mut dbeta);
                 });
-                dgamma = product(&dgamma, &signs);
+                dgamma = product(&dgamma, signs);
             }
-            dx = needs[0].then(|| {
-                let ([a, b, c], dy) = (coefficients(&dgamma, &dbeta), (dy.as_slice(), places.as_slice()));
-                Tensor::build(self.x.shape().clone(), |dx| {
-                    norm_pool::backward_input(x, gate, [&a, &b, &c], dy, shape, dx);
-                })
-            });
         } else {
-            let mut g = dy;
+            let gate = self.y.as_ref().map_or_else(affine, |y| Gate::Outputs(y.as_slice()));
             if sums_are_needed {
-                g = g.map_in_place(|dy| {
+                let x = self.x.as_slice::<T>();
+                dy = dy.map_in_place(|dy| {
                     norm_backward::parameter_gradients(x, gate, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
                 });
             } else if let Gate::Outputs(y) = gate {
-                g = g.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy));
+                dy = dy.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy));
             }
-            if self.y.is_some() {
-                gate = Gate::Open;
-            }
-            dresidual = needs.get(3).map(|&needed| needed.then(|| g.clone()));
-            dx = needs[0].then(|| {
-                let [a, b, c] = coefficients(&dgamma, &dbeta);
-                g.replaced(|dy, dx| norm_backward::backward_input(x, gate, [&a, &b, &c], dy, dx))
-            });
         }
+        let residual = needs.get(3).map(|&needed| needed.then(|| dy.clone()));
+        let coefficients = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
-        let dgamma = needs[1].then(|| vector(dgamma)).transpose()?;
-        let dbeta = needs[2].then(|| vector(dbeta)).transpose()?;
-        Ok([dx, dgamma, dbeta].into_iter().chain(dresidual).collect())
+        Ok(Gradients {
+            gamma: needs[1].then(|| vector(dgamma)).transpose()?,
+            beta: needs[2].then(|| vector(dbeta)).transpose()?,
+            residual,
+            // Outputs have let pass what they do.
+            input: needs[0].then(|| InputGradient {
+                x: self.x.clone(),
+                dy,
+                gate: (self.relu && self.y.is_none()).then_some([scale, shift]),
+                coefficients,
+                pooled: self.pooled,
+            }),
+        })
     }
 
     fn backward_on_cuda(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

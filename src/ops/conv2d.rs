@@ -6,9 +6,9 @@
 use super::batch_norm::BatchStatistics;
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::Isa;
 use crate::cpu::conv::{ConvShape, Purpose};
 use crate::cpu::gemm::Epilogue;
+use crate::cpu::{Float, Isa};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Tensor, with_float};
 use crate::{cpu, cuda};
@@ -108,26 +108,36 @@ fn convolve(
                 let dbias = needs.get(2).map(|&needed| needed.then(sums).transpose());
                 return Ok([dx, dweight].into_iter().chain(dbias.transpose()?).collect());
             }
-            let isa = Isa::current();
             with_float!(dy.dtype(), T => {
-                let dy = dy.as_slice::<T>();
-                let dx = saved_weight.map(|weight| {
-                    Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
-                        cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), &shape, dx)
-                    })
-                });
-                let dweight = saved_x.map(|x| {
-                    Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| {
-                        cpu::conv::backward_filter::<T>(isa, x.as_slice(), dy, &shape, dw)
-                    })
-                });
-                let mut gradients = vec![dx, dweight];
+                let mut gradients = gradients::<T>(&dy, saved_x, saved_weight, &shape).to_vec();
                 if let Some(&needed) = needs.get(2) {
-                    gradients.push(needed.then(|| Tensor::build([shape.o], |db| cpu::norm::column_sums::<T>(dy, db))));
+                    let sums = || Tensor::build([shape.o], |db| cpu::norm::column_sums::<T>(dy.as_slice(), db));
+                    gradients.push(needed.then(sums));
                 }
                 Ok(gradients)
             })
         })
     });
     Ok((y, statistics))
+}
+
+/// On the CPU the gradients to the input, for which the filter is given, and to the filter, for which the input is.
+pub(super) fn gradients<T: Float>(
+    dy: &Tensor,
+    x: Option<Tensor>,
+    weight: Option<Tensor>,
+    shape: &ConvShape,
+) -> [Option<Tensor>; 2] {
+    let (isa, dy) = (Isa::current(), dy.as_slice::<T>());
+    let dx = weight.map(|weight| {
+        Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
+            cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), shape, dx)
+        })
+    });
+    let dweight = x.map(|x| {
+        Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| {
+            cpu::conv::backward_filter::<T>(isa, x.as_slice(), dy, shape, dw)
+        })
+    });
+    [dx, dweight]
 }

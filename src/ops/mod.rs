@@ -7,6 +7,7 @@
 mod add;
 mod batch_norm;
 mod conv2d;
+mod conv_norm;
 mod cross_entropy;
 mod fused;
 mod linear;
@@ -19,6 +20,7 @@ mod reshape;
 pub use add::add;
 pub use batch_norm::{BatchStatistics, Norm, Statistics, batch_norm, batch_norm_stored, norm_act};
 pub(crate) use batch_norm::{reciprocal_deviation, scale_and_shift};
+pub use conv_norm::{NormBy, conv2d_norm_act};
 pub use conv2d::{Conv2dParams, conv2d, conv2d_with_statistics};
 pub use cross_entropy::{CrossEntropy, Reduction, cross_entropy};
 pub(crate) use fused::fused_conv2d_into;

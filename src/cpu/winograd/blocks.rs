@@ -23,6 +23,8 @@ use std::ops::Range;
 pub(super) const MAX_CHANNELS: usize = 128;
 /// Tiles a task transforms together: their inputs and the outputs of a panel stay in L2.
 const BLOCK_TILES: usize = 18;
+/// So many tiles are blocks enough that panels are not divided.
+pub(super) const ENOUGH_TILES: usize = (TASKS - 1) * BLOCK_TILES + 1;
 /// Panels are divided among tasks until there are this many.
 const TASKS: usize = 8;
 

@@ -106,6 +106,18 @@ impl<W: Float> Winograd<W> {
         }
     }
 
+    /// See [`super::conv::PackedFilter::pictures_together`].
+    pub(super) fn pictures_together(&self, shape: &ConvShape) -> usize {
+        match self {
+            Winograd::Rows(_) => 1,
+            Winograd::Blocks(..) => {
+                let tiles = parts::TileGrid::new(&ConvShape { n: 1, ..*shape }, transforms::axis::<W>(1).outputs);
+                blocks::ENOUGH_TILES.div_ceil(tiles.count().max(1))
+            }
+            Winograd::Strips(_) => shape.n,
+        }
+    }
+
     pub(super) fn forward<T: Float>(&self, x: &[T], shape: &ConvShape, epilogue: Epilogue<T>, y: &mut [T]) {
         match self {
             Winograd::Rows(filter) => rows::forward(x, filter, shape, epilogue, y),

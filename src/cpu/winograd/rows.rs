@@ -252,6 +252,12 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
         Seen { x, shape, image, rows, output, across, products: PhantomData }
     }
 
+    /// Its rows among those of all images' outputs.
+    pub fn rows(&self) -> Range<usize> {
+        let first = self.image * self.output[0];
+        first + self.rows.start..first + self.rows.end
+    }
+
     /// Tiles of all rows.
     pub fn tiles(&self) -> usize {
         self.rows.len() * self.across

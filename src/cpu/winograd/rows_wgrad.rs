@@ -7,7 +7,7 @@
 use super::points::*;
 use super::rows::{Seen, depth_before, planes_at};
 use super::transforms::*;
-use crate::cpu::conv::ConvShape;
+use crate::cpu::conv::{ConvShape, OutputGradient};
 use crate::cpu::float::Float;
 use crate::cpu::gemm_transposed::{Order, SLICE, multiply_runs, reduce};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -19,9 +19,9 @@ use std::ops::Range;
 const TASKS: usize = 32;
 
 /// Gradient to the filter, `[o, kh, 7, c]`, of a convolution that [`super::rows::suits`].
-pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
+pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: OutputGradient<T>, shape: &ConvShape, dfilter: &mut [f32]) {
     let ConvShape { c, o, kh, .. } = *shape;
-    shape.check(x.len(), dy.len());
+    shape.check(x.len(), dy.len(shape));
     assert_eq!(dfilter.len(), o * kh * ROW_TAPS * c);
     let (parts, width) = (Seen::<T, f32>::count(shape), isa.tile_columns());
     let parts_each = parts.div_ceil(TASKS).max(1);
@@ -66,7 +66,7 @@ fn transform_sums(sums: &[f32], shape: &ConvShape, dfilter: &mut [f32]) {
 /// The products of some rows of outputs of an image.
 struct Products<'a, T> {
     seen: Seen<'a, T, f32>,
-    dy: &'a [T],
+    dy: OutputGradient<'a, T>,
     /// Whether they are the first of their sums.
     first: bool,
     sums: &'a mut [f32],
@@ -80,6 +80,17 @@ impl<T: Float> Task for Products<'_, T> {
         let ConvShape { c, o, kh, .. } = *self.seen.shape;
         let (tiles, width) = (self.seen.tiles(), S::LANES * S::VECTORS);
         let inputs = self.seen.transform(simd);
+        let (rows, row_len) = (self.seen.rows(), self.seen.shape.output()[1] * o);
+        let mut made;
+        // From the first gradient of these rows on.
+        let dy = match self.dy {
+            OutputGradient::There(dy) => &dy[rows.start * row_len..rows.end * row_len],
+            OutputGradient::Made(make) => {
+                made = Scratch::take(rows.len() * row_len);
+                make(rows.clone(), &mut made);
+                &made
+            }
+        };
         let runs: Vec<*const f32> = (0..tiles).map(|tile| self.seen.tile(&inputs, tile).as_ptr()).collect();
         // [position][tile][column]
         let mut gradients = Scratch::<f32>::take(all_positions::<f32>() * tiles * width);
@@ -90,7 +101,10 @@ impl<T: Float> Task for Products<'_, T> {
                 gradients.fill(0.0);
             }
             for tile in 0..tiles {
-                self.transform_gradients(simd, tile, columns.clone(), &mut gradients[tile * width..], tiles * width);
+                let (first, count) = self.seen.outputs(tile);
+                let dy = &dy[first * o - rows.start * row_len..][..count * o];
+                let to = &mut gradients[tile * width..];
+                transform_gradients(simd, dy, o, columns.clone(), to, tiles * width);
             }
             let mut sums = self.sums[panel * panel_len..][..panel_len].chunks_exact_mut(c * width);
             for (position, gradients) in gradients.chunks_exact(tiles * width).enumerate() {
@@ -107,36 +121,35 @@ impl<T: Float> Task for Products<'_, T> {
     }
 }
 
-impl<T: Float> Products<'_, T> {
-    /// `A d` of some channels of a tile; outputs beyond the image have no gradient. Positions are `stride` values apart.
-    #[inline(always)]
-    fn transform_gradients<S: Simd>(
-        &self,
-        simd: S,
-        tile: usize,
-        channels: Range<usize>,
-        to: &mut [f32],
-        stride: usize,
-    ) {
-        let (o, (first, count)) = (self.seen.shape.o, self.seen.outputs(tile));
-        assert!(to.len() >= (all_positions::<f32>() - 1) * stride + channels.len());
-        assert!(channels.len().is_multiple_of(S::LANES) && self.dy.len() >= (first + count) * o);
-        for (i, channel) in channels.step_by(S::LANES).enumerate() {
-            let values = vectors!(simd, RowGradient::<f32>::VALUES, J => {
-                if J < count {
-                    // SAFETY: an output of the image has a gradient, as asserted, and so a vector of these channels.
-                    unsafe { T::load(simd, self.dy.as_ptr().add((first + J) * o + channel)) }
-                } else {
-                    simd.splat(0.0)
-                }
-            });
-            let vectors = RowGradient::<f32>::apply(simd, &values);
-            unrolled!(POSITION => {
-                if const { POSITION < all_positions::<f32>() } {
-                    // SAFETY: as asserted.
-                    unsafe { simd.store(to.as_mut_ptr().add(POSITION * stride + i * S::LANES), vectors[POSITION]) };
-                }
-            });
-        }
+/// `A d` of some channels of a tile, whose outputs' gradients are `dy`, `o` channels each; those beyond the image have none. Positions are
+/// `stride` values apart.
+#[inline(always)]
+fn transform_gradients<T: Float, S: Simd>(
+    simd: S,
+    dy: &[T],
+    o: usize,
+    channels: Range<usize>,
+    to: &mut [f32],
+    stride: usize,
+) {
+    let count = dy.len() / o;
+    assert!(to.len() >= (all_positions::<f32>() - 1) * stride + channels.len());
+    assert!(channels.len().is_multiple_of(S::LANES) && channels.end <= o);
+    for (i, channel) in channels.step_by(S::LANES).enumerate() {
+        let values = vectors!(simd, RowGradient::<f32>::VALUES, J => {
+            if J < count {
+                // SAFETY: an output has a vector of these channels, as asserted.
+                unsafe { T::load(simd, dy.as_ptr().add(J * o + channel)) }
+            } else {
+                simd.splat(0.0)
+            }
+        });
+        let vectors = RowGradient::<f32>::apply(simd, &values);
+        unrolled!(POSITION => {
+            if const { POSITION < all_positions::<f32>() } {
+                // SAFETY: as asserted.
+                unsafe { simd.store(to.as_mut_ptr().add(POSITION * stride + i * S::LANES), vectors[POSITION]) };
+            }
+        });
     }
 }

@@ -54,14 +54,18 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
 
 /// [`backward_filter`] with products of type `W`.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    // Tiles at an edge are filled up: where whole ones would be much larger than the image, smaller ones take fewer products.
+    match const { axis::<W>(1).outputs } {
+        7 if takes_sevens(shape) => backward_filter_of::<T, W, 7>(isa, x, dy, shape, dfilter),
+        _ => backward_filter_of::<T, W, 4>(isa, x, dy, shape, dfilter),
+    }
+}
+
+/// Tiles at an edge are filled up: where whole ones would be much larger than the image, smaller ones take fewer products.
+fn takes_sevens(shape: &ConvShape) -> bool {
     let products = |outputs: usize| -> usize {
         shape.output().map(|extent| extent.div_ceil(outputs) * (outputs + TAPS - 1)).iter().product()
     };
-    match const { axis::<W>(1).outputs } {
-        7 if products(7) <= products(4) => backward_filter_of::<T, W, 7>(isa, x, dy, shape, dfilter),
-        _ => backward_filter_of::<T, W, 4>(isa, x, dy, shape, dfilter),
-    }
+    products(7) <= products(4)
 }
 
 /// [`backward_filter_by`] tiles of `M` outputs.
@@ -75,87 +79,204 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (c, o) = (shape.c, shape.o);
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
-    let (grid, all) = (TileGrid::new(shape, M), slots_of::<M>().pow(2));
-    let width = isa.tile_columns();
-    let panels = c.div_ceil(width);
+    let (grid, sums) = (TileGrid::new(shape, M), Sums::<W, M>::new(isa, c, o));
+    let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
     let together = TRANSFORMED.max(all * panels * o * width * size_of::<f32>());
     let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
-    let words = part.div_ceil(W::PER_WORD);
-    let layout =
-        Layout { width, panels, word_of_inputs: width * W::PER_WORD, word_of_gradients: spread(o * W::PER_WORD) };
-    let mut inputs = Scratch::<W>::take(all * layout.inputs(words));
-    let mut gradients = Scratch::<W>::take(all * layout.gradients(words));
-    let transform = |tiles: Range<usize>, inputs: &mut [W], gradients: &mut [W]| {
-        let words = tiles.len().div_ceil(W::PER_WORD);
-        let (inputs, gradients) = (&Output::new(inputs), &Output::new(gradients));
-        (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
-            let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
-            let tiles = tiles.clone();
-            dispatch(
-                isa,
-                TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, layout, inputs, gradients },
-            );
-        });
-        words
-    };
-    // Adds the products of some filters at a position for a panel, of so many words.
-    let multiply = |[inputs, gradients]: [&[W]; 2],
-                    words: usize,
-                    [position, panel]: [usize; 2],
-                    filters,
-                    first,
-                    sums: &mut [f32]| {
-        let Layout { word_of_inputs, word_of_gradients: word, .. } = layout;
-        let panel_len = words * word_of_inputs;
-        let inputs = &inputs[position * layout.inputs(words) + panel * panel_len..][..panel_len];
-        let gradients = &gradients[position * layout.gradients(words)..][..words * word];
-        dispatch(isa, Multiply { gradients, inputs, word, filters, first, sums });
-    };
-    let finish = |sums: &[f32], position: usize, filter: usize, panel: usize, out: &Output<f32>| {
-        let channels = panel * width..c.min((panel + 1) * width);
-        dispatch(isa, ToFilter::<W, M> { sums, position, filter, channels, c, out, products: PhantomData });
-    };
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
     if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
         // More sums than tiles, and all tiles at once: some sums of all positions at a time, which need not go to memory.
-        let words = transform(0..grid.count(), &mut inputs, &mut gradients);
+        let tiles = sums.transform(x, dy, shape, 0..grid.count());
         (0..panels * blocks).into_par_iter().for_each(|task| {
             let (panel, block) = (task / blocks, task % blocks);
             let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
             // [position][o][column]
             let position_len = spread(filters.len() * width);
-            let mut sums = Scratch::<f32>::take(all * position_len);
-            for (position, sums) in sums.chunks_exact_mut(position_len).enumerate() {
-                multiply([&inputs, &gradients], words, [position, panel], filters.clone(), true, sums);
+            let mut some = Scratch::<f32>::take(all * position_len);
+            for (position, some) in some.chunks_exact_mut(position_len).enumerate() {
+                sums.multiply(&tiles, [position, panel], filters.clone(), true, some);
             }
             for (i, filter) in filters.enumerate() {
-                finish(&sums[i * width..], position_len, filter, panel, out);
+                sums.finish(&some[i * width..], position_len, [filter, panel], out);
             }
         });
         return;
     }
-    // [position][panel][o][column]
-    let position_len = spread(panels * o * width);
-    let mut sums = Scratch::<f32>::take(all * position_len);
+    let mut total = Scratch::<f32>::take(sums.len());
     if grid.count() == 0 {
-        sums.fill(0.0);
+        total.fill(0.0);
     }
-    for start in (0..grid.count()).step_by(words * W::PER_WORD) {
-        let tiles = start..grid.count().min(start + words * W::PER_WORD);
-        let words = transform(tiles, &mut inputs, &mut gradients);
-        let positions = sums.par_chunks_exact_mut(position_len).map(|sums| &mut sums[..panels * o * width]).enumerate();
-        let tasks = positions.flat_map(|(position, sums)| {
-            sums.par_chunks_exact_mut(o * width).enumerate().map(move |(panel, sums)| (position, panel, sums))
-        });
-        tasks.for_each(|(position, panel, sums)| {
-            multiply([&inputs, &gradients], words, [position, panel], 0..o, start == 0, sums);
-        });
+    // Whole words of tiles.
+    let part = part.next_multiple_of(W::PER_WORD);
+    for start in (0..grid.count()).step_by(part) {
+        let tiles = sums.transform(x, dy, shape, start..grid.count().min(start + part));
+        sums.add(&tiles, start == 0, &mut total);
     }
-    (0..o * panels).into_par_iter().for_each(|i| {
-        let (filter, panel) = (i / panels, i % panels);
-        finish(&sums[(panel * o + filter) * width..], position_len, filter, panel, out);
+    sums.finish_all(&total, out);
+}
+
+/// Groups of pictures at most; each has sums of its own.
+const GROUPS: usize = 8;
+
+/// Whether [`backward_filter_by_pictures`] is for this convolution: a picture's tiles take more room than the sums.
+pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
+    let outputs = if T::PER_WORD == 1 || !super::multiplies::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
+    let tiles = TileGrid::new(&ConvShape { n: 1, ..*shape }, outputs).count();
+    suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
+}
+
+/// [`backward_filter`] where the outputs' gradients are made picture by picture: `make(picture, dy)` is to fill one's. What is made
+/// of it stays in cache.
+pub fn backward_filter_by_pictures<T: Float>(
+    isa: Isa,
+    x: &[T],
+    shape: &ConvShape,
+    make: &(dyn Fn(usize, &mut [T]) + Sync),
+    dfilter: &mut [f32],
+) {
+    match (super::multiplies::<T>(isa), T::PER_WORD) {
+        (true, 2) => by_pictures_of::<T, T, 4>(isa, x, shape, make, dfilter),
+        _ if takes_sevens(shape) => by_pictures_of::<T, f32, 7>(isa, x, shape, make, dfilter),
+        _ => by_pictures_of::<T, f32, 4>(isa, x, shape, make, dfilter),
+    }
+}
+
+/// [`backward_filter_by_pictures`] with products of type `W` and tiles of `M` outputs.
+fn by_pictures_of<T: Float, W: Float, const M: usize>(
+    isa: Isa,
+    x: &[T],
+    shape: &ConvShape,
+    make: &(dyn Fn(usize, &mut [T]) + Sync),
+    dfilter: &mut [f32],
+) {
+    let image = ConvShape { n: 1, ..*shape };
+    let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
+    assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
+    let (sums, tiles) = (Sums::<W, M>::new(isa, shape.c, shape.o), TileGrid::new(&image, M).count());
+    let pictures = shape.n.div_ceil(GROUPS).max(1);
+    let groups = shape.n.div_ceil(pictures).max(1);
+    let mut totals = Scratch::<f32>::take(groups * sums.len());
+    if shape.n == 0 {
+        totals.fill(0.0);
+    }
+    totals.par_chunks_exact_mut(sums.len()).enumerate().with_max_len(1).for_each(|(group, total)| {
+        let mut dy = Scratch::<T>::take(dy_len);
+        for picture in group * pictures..shape.n.min((group + 1) * pictures) {
+            make(picture, &mut dy);
+            let tiles = sums.transform(&x[picture * x_len..][..x_len], &dy, &image, 0..tiles);
+            sums.add(&tiles, picture == group * pictures, total);
+        }
     });
+    let (total, rest) = totals.split_at_mut(sums.len());
+    total.par_chunks_mut(SUMMED).enumerate().for_each(|(i, total)| {
+        for rest in rest.chunks_exact(sums.len()) {
+            total.iter_mut().zip(&rest[i * SUMMED..]).for_each(|(total, x)| *total += x);
+        }
+    });
+    sums.finish_all(total, &Output::new(dfilter));
+}
+
+/// Values of groups' sums that are added together.
+const SUMMED: usize = 1 << 12;
+
+/// Sums over tiles of the products of inputs and gradients, `[position][panel][o][column]`, and how they come to be and are used.
+struct Sums<W, const M: usize> {
+    isa: Isa,
+    c: usize,
+    o: usize,
+    layout: Layout,
+    products: PhantomData<W>,
+}
+
+/// Some transformed tiles.
+struct Transformed<W> {
+    inputs: Scratch<W>,
+    gradients: Scratch<W>,
+    words: usize,
+}
+
+impl<W: Float, const M: usize> Sums<W, M> {
+    fn new(isa: Isa, c: usize, o: usize) -> Self {
+        let width = isa.tile_columns();
+        let layout = Layout {
+            width,
+            panels: c.div_ceil(width),
+            word_of_inputs: width * W::PER_WORD,
+            word_of_gradients: spread(o * W::PER_WORD),
+        };
+        Sums { isa, c, o, layout, products: PhantomData }
+    }
+
+    /// Values of a position, and of them those that are used.
+    fn position_len(&self) -> [usize; 2] {
+        let used = self.layout.panels * self.o * self.layout.width;
+        [spread(used), used]
+    }
+
+    fn len(&self) -> usize {
+        slots_of::<M>().pow(2) * self.position_len()[0]
+    }
+
+    fn transform<T: Float>(&self, x: &[T], dy: &[T], shape: &ConvShape, tiles: Range<usize>) -> Transformed<W> {
+        let (all, layout, words) = (slots_of::<M>().pow(2), self.layout, tiles.len().div_ceil(W::PER_WORD));
+        let mut inputs = Scratch::<W>::take(all * layout.inputs(words));
+        let mut gradients = Scratch::<W>::take(all * layout.gradients(words));
+        let (to_inputs, to_gradients) = (&Output::new(&mut inputs), &Output::new(&mut gradients));
+        (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
+            let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
+            let (tiles, grid) = (tiles.clone(), TileGrid::new(shape, M));
+            let (inputs, gradients) = (to_inputs, to_gradients);
+            dispatch(
+                self.isa,
+                TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, layout, inputs, gradients },
+            );
+        });
+        Transformed { inputs, gradients, words }
+    }
+
+    /// Adds the products of some filters at a position for a panel, or begins with them.
+    fn multiply(
+        &self,
+        Transformed { inputs, gradients, words }: &Transformed<W>,
+        [position, panel]: [usize; 2],
+        filters: Range<usize>,
+        first: bool,
+        sums: &mut [f32],
+    ) {
+        let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
+        let panel_len = words * word_of_inputs;
+        let inputs = &inputs[position * self.layout.inputs(*words) + panel * panel_len..][..panel_len];
+        let gradients = &gradients[position * self.layout.gradients(*words)..][..words * word];
+        dispatch(self.isa, Multiply { gradients, inputs, word, filters, first, sums });
+    }
+
+    /// [`Sums::multiply`] of all.
+    fn add(&self, tiles: &Transformed<W>, first: bool, sums: &mut [f32]) {
+        let [position_len, used] = self.position_len();
+        let positions = sums.par_chunks_exact_mut(position_len).map(|sums| &mut sums[..used]).enumerate();
+        let panel_len = self.o * self.layout.width;
+        let tasks = positions.flat_map(|(position, sums)| {
+            sums.par_chunks_exact_mut(panel_len).enumerate().map(move |(panel, sums)| (position, panel, sums))
+        });
+        tasks.for_each(|(position, panel, sums)| self.multiply(tiles, [position, panel], 0..self.o, first, sums));
+    }
+
+    /// The gradient of a filter for a panel of channels, from the first of its sums on; `position_len` values from one position to the next.
+    fn finish(&self, sums: &[f32], position_len: usize, [filter, panel]: [usize; 2], out: &Output<f32>) {
+        let channels = panel * self.layout.width..self.c.min((panel + 1) * self.layout.width);
+        let (position, c) = (position_len, self.c);
+        dispatch(self.isa, ToFilter::<W, M> { sums, position, filter, channels, c, out, products: PhantomData });
+    }
+
+    /// [`Sums::finish`] of all.
+    fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
+        let Layout { panels, width, .. } = self.layout;
+        (0..self.o * panels).into_par_iter().for_each(|i| {
+            let (filter, panel) = (i / panels, i % panels);
+            self.finish(&sums[(panel * self.o + filter) * width..], self.position_len()[0], [filter, panel], out);
+        });
+    }
 }
 
 /// Slots along an axis of a tile of `M` outputs.
