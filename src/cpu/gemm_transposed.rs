@@ -278,6 +278,14 @@ impl<T: Float> Tile<'_, T> {
         let width = V * S::LANES;
         assert!(out.len() >= (R - 1) * self.pitch + width);
         let mut sums = [[simd.splat(0.0); V]; R];
+        if !self.first {
+            // What they are added to in the end has come by then.
+            for r in 0..R {
+                for v in 0..V {
+                    simd.prefetch_near(out.as_ptr().wrapping_add(r * self.pitch + v * S::LANES));
+                }
+            }
+        }
         let mut b = self.b;
         for &run in self.runs {
             // SAFETY: the assertion above, and the contract.

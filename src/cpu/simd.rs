@@ -246,6 +246,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `p`, which may be anywhere, to be brought into L2.
     #[inline(always)]
     fn prefetch(self, _p: *const f32) {}
+    /// The same, into L1.
+    #[inline(always)]
+    fn prefetch_near(self, _p: *const f32) {}
     /// The same, for what is used once: into L1 alone, so that it takes no other cache's room.
     #[inline(always)]
     fn prefetch_once(self, _p: *const f32) {}

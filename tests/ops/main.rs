@@ -3,6 +3,7 @@
 
 mod batch_norm;
 mod conv2d;
+mod conv_norm;
 mod cross_entropy;
 mod elementwise;
 mod matmul;
