@@ -6,6 +6,8 @@
 //! to the input, and the gradient to the filter all read their activations through it; a plain matrix is the case of one
 //! tap.
 
+use std::ops::Range;
+
 /// Offset that stands for a run of zeros.
 pub const PADDING: usize = usize::MAX;
 
@@ -71,23 +73,35 @@ impl Gather {
         self.images * self.target[0] * self.target[1]
     }
 
-    fn position(&self, row: usize) -> [usize; 3] {
+    /// Image, row and column of each of some rows, which are not found by a division each.
+    #[inline]
+    pub fn positions(&self, rows: Range<usize>) -> impl Iterator<Item = [usize; 3]> + use<> {
         let [gh, gw] = self.grid;
-        [row / (gh * gw), row / gw % gh, row % gw]
+        let mut next = match gh * gw {
+            0 => [0; 3],
+            image => [rows.start / image, rows.start / gw % gh, rows.start % gw],
+        };
+        rows.map(move |_| {
+            let position = next;
+            next[2] += 1;
+            if next[2] == gw {
+                next = if next[1] + 1 == gh { [next[0] + 1, 0, 0] } else { [next[0], next[1] + 1, 0] };
+            }
+            position
+        })
     }
 
-    /// Row of the target that row `row` is written to.
-    pub fn target_row(&self, row: usize) -> usize {
-        let [n, y, x] = self.position(row);
+    /// Row of the target that the row at a position is written to.
+    #[inline]
+    pub fn target_row(&self, [n, y, x]: [usize; 3]) -> usize {
         let ([y0, x0], [sy, sx]) = (self.target_start, self.target_step);
         (n * self.target[0] + y0 + y * sy) * self.target[1] + x0 + x * sx
     }
 
-    /// Where in the source each tap of `row` begins, in the order of the taps. Every offset but [`PADDING`] leaves room
+    /// Where in the source each tap of the row at a position begins, in the order of the taps. Every offset but [`PADDING`] leaves room
     /// for a run, which [`Gather::check`] has made sure of.
     #[inline]
-    pub fn offsets(&self, row: usize) -> impl Iterator<Item = usize> + '_ {
-        let [n, y, x] = self.position(row);
+    pub fn offsets(&self, [n, y, x]: [usize; 3]) -> impl Iterator<Item = usize> + '_ {
         let [height, width] = self.source;
         let (y, x) = ((y * self.step[0]) as isize, (x * self.step[1]) as isize);
         self.taps.iter().map(move |&[dy, dx]| {
@@ -97,10 +111,15 @@ impl Gather {
         })
     }
 
-    /// The runs of `source` that those of `row` are, in the order of the taps; for padding `zeros`, which are as long.
+    /// The runs of `source` that those of the row at a position are, in the order of the taps; for padding `zeros`, which are as long.
     #[inline]
-    pub fn runs<'a, T>(&'a self, row: usize, source: &'a [T], zeros: &'a [T]) -> impl Iterator<Item = &'a [T]> {
-        self.offsets(row).map(move |offset| if offset == PADDING { zeros } else { &source[offset..][..self.run] })
+    pub fn runs<'a, T>(
+        &'a self,
+        position: [usize; 3],
+        source: &'a [T],
+        zeros: &'a [T],
+    ) -> impl Iterator<Item = &'a [T]> {
+        self.offsets(position).map(move |offset| if offset == PADDING { zeros } else { &source[offset..][..self.run] })
     }
 
     /// Panics unless a source of `source` floats and a target of `target` rows fit every offset this can produce.

@@ -239,7 +239,7 @@ struct DepthBlock {
     words: Range<usize>,
 }
 
-/// Cuts `taps` runs of `run` words into blocks of at most `depth`, or one tap.
+/// Cuts `taps` runs of `run` words into blocks of at most `depth`, or one tap; but not what is little more than one block.
 fn depth_blocks(taps: usize, run: usize, depth: usize) -> Vec<DepthBlock> {
     if run > depth {
         let parts = run.div_ceil(depth);
@@ -250,7 +250,7 @@ fn depth_blocks(taps: usize, run: usize, depth: usize) -> Vec<DepthBlock> {
             .collect();
     }
     // Blocks of about the same depth: a shallow one would pass sums through memory for a few products.
-    let most = (depth / run.max(1)).max(1);
+    let most = if taps * run <= depth + depth / 4 { taps } else { (depth / run.max(1)).max(1) };
     let together = taps.div_ceil(taps.div_ceil(most).max(1)).max(1);
     (0..taps).step_by(together).map(|tap| DepthBlock { taps: tap..taps.min(tap + together), words: 0..run }).collect()
 }
@@ -268,13 +268,14 @@ impl<T: Float> Task for Block<'_, T> {
         // The runs of each tile: [tile][tap][row]. A tile past the end repeats its last row.
         let mut runs = vec![[std::ptr::null(); TILE_ROWS]; tiles * taps];
         let mut targets = vec![[0; TILE_ROWS]; tiles];
+        let (mut positions, mut position) = (gather.positions(rows.clone()), [0; 3]);
         for i in 0..tiles * TILE_ROWS {
-            let row = (rows.start + i).min(rows.end - 1);
+            position = positions.next().unwrap_or(position);
             let (tile, lane) = (i / TILE_ROWS, i % TILE_ROWS);
-            for (runs, run) in runs[tile * taps..].iter_mut().zip(gather.runs(row, a, &zeros)) {
+            for (runs, run) in runs[tile * taps..].iter_mut().zip(gather.runs(position, a, &zeros)) {
                 runs[lane] = run.as_ptr().cast();
             }
-            targets[tile][lane] = gather.target_row(row) * b.columns;
+            targets[tile][lane] = gather.target_row(position) * b.columns;
         }
         let run = gather.run / T::PER_WORD;
         let width = S::LANES * S::VECTORS;

@@ -163,12 +163,17 @@ impl<T: Float> Task for Part<'_, T> {
         let (piece, copied) = if in_place { (run, 0) } else { (PIECE, rows_of_slice * PIECE) };
         let mut interleaved = Scratch::<T>::take(copied);
         let mut words = Vec::with_capacity(SLICE);
+        let mut targets = Vec::with_capacity(rows_of_slice);
         for start in rows.clone().step_by(rows_of_slice) {
             let slice = start..rows.end.min(start + rows_of_slice);
             let count = slice.len().next_multiple_of(T::PER_WORD);
+            targets.clear();
+            targets.extend(gather.positions(slice.clone()).map(|position| gather.target_row(position)));
+            let (mut positions, mut position) = (gather.positions(slice.clone()), [0; 3]);
             for i in 0..count {
                 let row = start + i;
-                let runs = gather.runs(row.min(slice.end - 1), a, &zeros).skip(taps.start).take(taps.len());
+                position = positions.next().unwrap_or(position);
+                let runs = gather.runs(position, a, &zeros).skip(taps.start).take(taps.len());
                 for (tap, run) in runs.enumerate() {
                     pointers[tap * rows_of_slice + i] = if slice.contains(&row) { run } else { &zeros };
                 }
@@ -176,7 +181,7 @@ impl<T: Float> Task for Part<'_, T> {
             for (panel, packed) in packed.chunks_exact_mut(rows_of_slice * width).enumerate() {
                 let columns = columns.start + panel * width..columns.end.min(columns.start + (panel + 1) * width);
                 let row_of_b = |row: usize| match slice.contains(&row) {
-                    true => &b[gather.target_row(row) * stride..][columns.clone()],
+                    true => &b[targets[row - start] * stride..][columns.clone()],
                     false => &nothing[..columns.len()],
                 };
                 for (word, packed) in packed.chunks_exact_mut(width * T::PER_WORD).take(count / T::PER_WORD).enumerate()
