@@ -77,13 +77,10 @@ pub fn batch_norm_stored(
 /// Normalises, adds the residual, applies the ReLU, in one pass, and pools, on the CPU before the other two if there is no residual;
 /// returns the batch's statistics if it used them.
 pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option<BatchStatistics>)> {
-    let channels = check(x, &how)?;
+    let channels = check(x, x.dims(), &how)?;
     let statistics = match by {
         Statistics::Stored(mean, variance) => {
-            for vector in [mean, variance] {
-                require_vector("batch_norm", vector, channels)?;
-            }
-            require_one_device("batch_norm", &[x, mean, variance])?;
+            check_stored(x, [mean, variance], channels)?;
             return Ok((apply(x, mean, variance, how, None)?, None));
         }
         Statistics::Batch(Some(given)) => given,
@@ -93,11 +90,12 @@ pub fn norm_act(x: &Tensor, by: Statistics, how: Norm) -> Result<(Tensor, Option
     Ok((y, Some(statistics)))
 }
 
-pub(super) fn check(x: &Tensor, how: &Norm) -> Result<usize> {
+/// The number of channels, if the operands fit what is to be normalised: of extents `dims`, on the device of `x` and of its type.
+pub(super) fn check(x: &Tensor, dims: &[usize], how: &Norm) -> Result<usize> {
     require_float("batch_norm", &[x])?;
-    let channels = match x.dims().last() {
+    let channels = match dims.last() {
         Some(&channels) if channels > 0 => channels,
-        _ => return Err(Error::shape("batch_norm", "[..., C]", &[x.dims()])),
+        _ => return Err(Error::shape("batch_norm", "[..., C]", &[dims])),
     };
     for vector in [how.gamma, how.beta] {
         require_f32("batch_norm", &[vector])?;
@@ -107,11 +105,19 @@ pub(super) fn check(x: &Tensor, how: &Norm) -> Result<usize> {
     if let Some(residual) = how.residual {
         require_one_device("batch_norm", &[x, residual])?;
         require_float("batch_norm", &[x, residual])?;
-        if residual.dims() != x.dims() {
-            return Err(Error::shape("batch_norm", "a residual shaped as the input", &[x.dims(), residual.dims()]));
+        if residual.dims() != dims {
+            return Err(Error::shape("batch_norm", "a residual shaped as the input", &[dims, residual.dims()]));
         }
     }
     Ok(channels)
+}
+
+/// An error unless stored statistics fit what is normalised by them.
+pub(super) fn check_stored(x: &Tensor, [mean, variance]: [&Tensor; 2], channels: usize) -> Result<()> {
+    for vector in [mean, variance] {
+        require_vector("batch_norm", vector, channels)?;
+    }
+    require_one_device("batch_norm", &[x, mean, variance])
 }
 
 fn take(x: &Tensor, channels: usize) -> Result<BatchStatistics> {

@@ -3,10 +3,10 @@
 //!
 //! The mathematics is that of [`super::conv2d`] and [`super::norm_act`] one after the other.
 
-use super::batch_norm::{BatchStatistics, Norm, Pooled, Statistics, check, norm_act, normalise};
+use super::batch_norm::{BatchStatistics, Norm, Pooled, Statistics, check, check_stored, norm_act, normalise};
 use super::conv2d::{self, Conv2dParams, conv2d, conv2d_with_statistics};
 use super::pool::pool_shape;
-use super::{require_f32, require_one_device, require_vector};
+use super::{require_f32, require_one_device};
 use crate::autograd::record;
 use crate::cpu::Isa;
 use crate::cpu::conv::{Purpose, backward_as_made, pack_filter, takes_gradients_as_made};
@@ -49,10 +49,9 @@ pub fn conv2d_norm_act(
     let shape = params.shape("conv2d", x, weight.dims())?;
     let [oh, ow] = shape.output();
     let (dims, count) = ([shape.n, oh, ow, shape.o], shape.n * oh * ow);
+    check(x, &dims, &how)?;
     if let NormBy::Stored(mean, variance) = by {
-        for vector in [mean, variance] {
-            require_vector("batch_norm", vector, shape.o)?;
-        }
+        check_stored(x, [mean, variance], shape.o)?;
     } else if count < 2 {
         return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[&dims]));
     }
@@ -76,7 +75,6 @@ pub fn conv2d_norm_act(
             })),
         };
         let z = z.expect("just built");
-        check(&z, &how)?;
         let taken = match by {
             NormBy::Batch => {
                 let vector = |values: &[f32]| Tensor::from_slice(values, [shape.o]);

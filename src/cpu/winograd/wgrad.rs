@@ -81,8 +81,7 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     assert_eq!(dfilter.len(), o * 9 * c);
     let (grid, sums) = (TileGrid::new(shape, M), Sums::<W, M>::new(isa, c, o));
     let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
-    let together = TRANSFORMED.max(all * panels * o * width * size_of::<f32>());
-    let part = (together / (all * (c + o) * size_of::<W>())).clamp(1, grid.count().max(1));
+    let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count().max(1));
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
     if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
@@ -154,6 +153,8 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
     let (sums, tiles) = (Sums::<W, M>::new(isa, shape.c, shape.o), TileGrid::new(&image, M).count());
+    // Two threads' tiles stay in the last cache together.
+    let part = sums.tiles_of(TRANSFORMED / 2).min(tiles.max(1)).next_multiple_of(W::PER_WORD);
     let pictures = shape.n.div_ceil(GROUPS).max(1);
     let groups = shape.n.div_ceil(pictures).max(1);
     let mut totals = Scratch::<f32>::take(groups * sums.len());
@@ -164,8 +165,11 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
         let mut dy = Scratch::<T>::take(dy_len);
         for picture in group * pictures..shape.n.min((group + 1) * pictures) {
             make(picture, &mut dy);
-            let tiles = sums.transform(&x[picture * x_len..][..x_len], &dy, &image, 0..tiles);
-            sums.add(&tiles, picture == group * pictures, total);
+            for start in (0..tiles).step_by(part) {
+                let some = start..tiles.min(start + part);
+                let some = sums.transform(&x[picture * x_len..][..x_len], &dy, &image, some);
+                sums.add(&some, picture == group * pictures && start == 0, total);
+            }
         }
     });
     let (total, rest) = totals.split_at_mut(sums.len());
@@ -216,6 +220,11 @@ impl<W: Float, const M: usize> Sums<W, M> {
 
     fn len(&self) -> usize {
         slots_of::<M>().pow(2) * self.position_len()[0]
+    }
+
+    /// How many tiles take so many bytes when they are transformed, but one at least.
+    fn tiles_of(&self, bytes: usize) -> usize {
+        (bytes / (slots_of::<M>().pow(2) * (self.c + self.o) * size_of::<W>())).max(1)
     }
 
     fn transform<T: Float>(&self, x: &[T], dy: &[T], shape: &ConvShape, tiles: Range<usize>) -> Transformed<W> {
