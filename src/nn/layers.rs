@@ -217,8 +217,10 @@ impl ConvBn {
     ) -> Result<Tensor> {
         let (bn, weight) = (&self.bn, self.weight.tensor());
         let (gamma, beta) = (&bn.weight.tensor(), &bn.bias.tensor());
-        let (mean, variance) = (&bn.running_mean.tensor(), &bn.running_var.tensor());
-        let by = if bn.takes_batch_statistics(training) { NormBy::Batch } else { NormBy::Stored(mean, variance) };
+        // Not taken where they are to change: they would be copied then.
+        let stored = || [bn.running_mean.tensor(), bn.running_var.tensor()];
+        let stored = (!bn.takes_batch_statistics(training)).then(stored);
+        let by = stored.as_ref().map_or(NormBy::Batch, |[mean, variance]| NormBy::Stored(mean, variance));
         let how = Norm { gamma, beta, eps: EPS, residual, relu, pooling };
         let (y, statistics) = ops::conv2d_norm_act(x, &weight, self.params, by, how)?;
         bn.follow(statistics)?;
