@@ -39,6 +39,12 @@ pub fn forward_and_take<T: Float>(
     maxima: Option<Maxima<T>>,
 ) {
     shape.check(x.len(), z.len());
+    let [oh, ow] = shape.output();
+    if let Some(Maxima { shape: pooling, maxima, places, signs }) = &maxima {
+        let windows = pooling.n * pooling.output().iter().product::<usize>() * shape.o;
+        assert_eq!([pooling.n, pooling.h, pooling.w, pooling.c], [shape.n, oh, ow, shape.o], "what is pooled");
+        assert!([maxima.len(), places.len()] == [windows; 2] && signs.len() == shape.o, "buffers fit the pooling");
+    }
     let together = filter.pictures_together(shape).clamp(1, shape.n.max(1));
     let [image_of_x, image_of_z] = [x.len(), z.len()].map(|len| len / shape.n.max(1));
     let mut moments =
@@ -49,19 +55,18 @@ pub fn forward_and_take<T: Float>(
         let len = (together * shape.output().iter().product::<usize>() * shape.c).max(1);
         maxima.chunks_mut(len).zip(places.chunks_mut(len))
     });
-    let x = x.chunks((together * image_of_x).max(1));
     let pictures: Vec<Pictures<T>> = z
         .chunks_mut((together * image_of_z).max(1))
-        .zip(x)
-        .map(|(z, x)| Pictures {
-            x,
+        .enumerate()
+        .map(|(i, z)| Pictures {
+            x: &x[i * together * image_of_x..][..z.len() / image_of_z * image_of_x],
             z,
             moments: groups.as_mut().and_then(Iterator::next),
             maxima: windows.as_mut().and_then(Iterator::next),
         })
         .collect();
     pictures.into_par_iter().with_max_len(1).for_each(|Pictures { x, z, moments, maxima }| {
-        let n = x.len() / image_of_x;
+        let n = z.len() / image_of_z;
         forward(x, filter, &ConvShape { n, ..*shape }, Epilogue::default(), z);
         if let Some(moments) = moments {
             moments.take(z);

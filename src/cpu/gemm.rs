@@ -239,7 +239,7 @@ struct DepthBlock {
     words: Range<usize>,
 }
 
-/// Cuts `taps` runs of `run` words into blocks of at most `depth`, or one tap; but not what is little more than one block.
+/// Cuts `taps` runs of `run` words into blocks of at most `depth`, or one tap; but not short runs that are little more than one block.
 fn depth_blocks(taps: usize, run: usize, depth: usize) -> Vec<DepthBlock> {
     if run > depth {
         let parts = run.div_ceil(depth);

@@ -76,6 +76,26 @@ proptest! {
     }
 }
 
+/// Pictures of so many tiles that they are transformed in parts, and a batch that groups do not divide: the gradients of the two
+/// operations, by the batch and with a ReLU, whose inputs are far from zero.
+#[test]
+fn large_pictures() {
+    for (n, side, c) in [(1, 80, 64), (9, 24, 16), (2, 150, 16)] {
+        let (x, weight) = (tensor(&[n, side, side, c], 1).leaf(), tensor(&[c, 3, 3, c], 2).leaf());
+        let (gamma, beta) = (Tensor::full([c], 0.5f32).leaf(), Tensor::full([c], 3.0f32).leaf());
+        let how = Norm { gamma: &gamma, beta: &beta, eps: EPS, residual: None, relu: true, pooling: None };
+        let params = Conv2dParams::new(1, 1);
+        let want = norm_act(&conv2d(&x, &weight, None, params).unwrap(), Statistics::Batch(None), how).unwrap().0;
+        let got = conv2d_norm_act(&x, &weight, params, NormBy::Batch, how).unwrap().0;
+        let dy = tensor(got.dims(), 7);
+        let [got, want] = [got, want].map(|y| y.backward_with(dy.clone()).unwrap());
+        for (what, leaf) in [("dx", &x), ("dw", &weight), ("dgamma", &gamma), ("dbeta", &beta)] {
+            let [got, want] = [&got, &want].map(|gradients| gradients.get(leaf).unwrap().to_vec::<f32>());
+            assert_close(&got, &widen(&want), 1e-4, &format!("{n} of {side}: {what}"));
+        }
+    }
+}
+
 #[test]
 fn gradients() {
     let inputs = [tensor(&[2, 5, 4, 3], 1), tensor(&[4, 3, 3, 3], 2), tensor(&[4], 3), tensor(&[4], 4)];

@@ -159,12 +159,14 @@ pub fn backward_as_made<T: Float>(
     dfilter: &mut [f32],
     with_input: Option<(&[f32], &mut [T])>,
 ) {
+    assert!(takes_gradients_as_made::<T>(isa, shape, with_input.is_some()), "a convolution that this is for");
     if winograd::rows::suits(isa, shape) {
         return winograd::rows_wgrad::backward_filter(isa, x, OutputGradient::Made(make), shape, dfilter);
     }
     let image = ConvShape { n: 1, ..*shape };
     let ([oh, _], image_len) = (shape.output(), image.h * image.w * image.c);
     let input = with_input.map(|(filter, dx)| {
+        assert_eq!(dx.len(), shape.n * image_len, "the input's gradient is shaped as it");
         let pictures: Vec<Mutex<&mut [T]>> = dx.chunks_exact_mut(image_len).map(Mutex::new).collect();
         (BackwardFilter::<T>::new(isa, filter, &image), pictures)
     });

@@ -78,6 +78,9 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (grid, sums) = (TileGrid::new(shape, M), Sums::<W, M>::new(isa, c, o));
     let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
     let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count().max(1));
+    if grid.count() == 0 {
+        return dfilter.fill(0.0);
+    }
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
     if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
@@ -99,9 +102,6 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
         return;
     }
     let mut total = Scratch::<f32>::take(sums.len());
-    if grid.count() == 0 {
-        total.fill(0.0);
-    }
     // Whole words of tiles.
     let part = part.next_multiple_of(W::PER_WORD);
     for start in (0..grid.count()).step_by(part) {
@@ -130,6 +130,7 @@ pub fn backward_filter_by_pictures<T: Float>(
     make: &(dyn Fn(usize, &mut [T]) + Sync),
     dfilter: &mut [f32],
 ) {
+    assert!(suits_pictures::<T>(isa, shape), "a convolution that this is for");
     match (super::multiplies::<T>(isa), T::PER_WORD) {
         (true, 2) => by_pictures_of::<T, T, 4>(isa, x, shape, make, dfilter),
         _ if takes_sevens(shape) => by_pictures_of::<T, f32, 7>(isa, x, shape, make, dfilter),

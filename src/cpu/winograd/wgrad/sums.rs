@@ -175,6 +175,7 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let ConvShape { c, o, .. } = *self.shape;
+        assert!(c.is_multiple_of(S::LANES) && o.is_multiple_of(S::LANES), "channels are whole vectors");
         let Layout { width, word_of_inputs, word_of_gradients, .. } = self.layout;
         let (inputs_len, gradients_len) = (self.layout.inputs(self.words), self.layout.gradients(self.words));
         let mut rooms = [Room::new(), Room::new()];
