@@ -168,11 +168,11 @@ impl<T: Float> Task for Part<'_, T> {
             let slice = start..rows.end.min(start + rows_of_slice);
             let count = slice.len().next_multiple_of(T::PER_WORD);
             targets.clear();
-            targets.extend(gather.positions(slice.clone()).map(|position| gather.target_row(position)));
             let (mut positions, mut position) = (gather.positions(slice.clone()), [0; 3]);
             for i in 0..count {
                 let row = start + i;
                 position = positions.next().unwrap_or(position);
+                targets.push(gather.target_row(position));
                 let runs = gather.runs(position, a, &zeros).skip(taps.start).take(taps.len());
                 for (tap, run) in runs.enumerate() {
                     pointers[tap * rows_of_slice + i] = if slice.contains(&row) { run } else { &zeros };

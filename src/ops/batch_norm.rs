@@ -120,11 +120,17 @@ pub(super) fn check_stored(x: &Tensor, [mean, variance]: [&Tensor; 2], channels:
     require_one_device("batch_norm", &[x, mean, variance])
 }
 
+/// An error unless a channel has values enough for statistics: the variance of one says nothing.
+pub(super) fn check_count(count: usize, dims: &[usize]) -> Result<()> {
+    if count < 2 {
+        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[dims]));
+    }
+    Ok(())
+}
+
 fn take(x: &Tensor, channels: usize) -> Result<BatchStatistics> {
     let count = x.numel() / channels;
-    if count < 2 {
-        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[x.dims()]));
-    }
+    check_count(count, x.dims())?;
     match x.device() {
         Device::Cpu => {
             let mut variance = None;
@@ -265,7 +271,8 @@ pub(super) struct InputGradient {
     /// `scale` and `shift`, if a ReLU's gate is still to be applied.
     gate: Option<[Vec<f32>; 2]>,
     coefficients: [Vec<f32>; 3],
-    pooled: Option<Pooled>,
+    /// The places that maxima come from, if they were pooled.
+    pooled: Option<(CpuBuffer, PoolShape)>,
 }
 
 impl InputGradient {
@@ -279,7 +286,7 @@ impl InputGradient {
         let values = rows.start * row_len..rows.end * row_len;
         let (x, dy) = (&self.x.as_slice::<T>()[values.clone()], self.dy.as_slice::<T>());
         match &self.pooled {
-            Some(Pooled { places, shape, .. }) => {
+            Some((places, shape)) => {
                 let dy = (dy, places.as_slice());
                 norm_pool::backward_input_of_rows(x, self.gate(), self.coefficients(), dy, shape, rows, dx);
             }
@@ -291,7 +298,7 @@ impl InputGradient {
     pub(super) fn whole<T: Float>(mut self) -> Tensor {
         let x = self.x.clone();
         let x = x.as_slice::<T>();
-        if let Some(Pooled { places, shape, .. }) = &self.pooled {
+        if let Some((places, shape)) = &self.pooled {
             let dy = (self.dy.as_slice(), places.as_slice());
             return Tensor::build(self.x.shape().clone(), |dx| {
                 norm_pool::backward_input(x, self.gate(), self.coefficients(), dy, shape, dx);
@@ -367,7 +374,7 @@ impl Saved {
                 dy,
                 gate: (self.relu && self.y.is_none()).then_some([scale, shift]),
                 coefficients,
-                pooled: self.pooled,
+                pooled: self.pooled.map(|Pooled { places, shape, .. }| (places, shape)),
             }),
         })
     }

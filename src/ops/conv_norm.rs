@@ -3,7 +3,9 @@
 //!
 //! The mathematics is that of [`super::conv2d`] and [`super::norm_act`] one after the other.
 
-use super::batch_norm::{BatchStatistics, Norm, Pooled, Statistics, check, check_stored, norm_act, normalise};
+use super::batch_norm::{
+    BatchStatistics, Norm, Pooled, Statistics, check, check_count, check_stored, norm_act, normalise,
+};
 use super::conv2d::{self, Conv2dParams, conv2d, conv2d_with_statistics};
 use super::pool::pool_shape;
 use super::{require_f32, require_one_device};
@@ -11,7 +13,7 @@ use crate::autograd::record;
 use crate::cpu::Isa;
 use crate::cpu::conv::{Purpose, backward_as_made, pack_filter, takes_gradients_as_made};
 use crate::cpu::conv_norm::{Maxima, forward_and_take};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::{Device, Tensor, with_float};
 use std::ops::Range;
 
@@ -50,10 +52,9 @@ pub fn conv2d_norm_act(
     let [oh, ow] = shape.output();
     let (dims, count) = ([shape.n, oh, ow, shape.o], shape.n * oh * ow);
     check(x, &dims, &how)?;
-    if let NormBy::Stored(mean, variance) = by {
-        check_stored(x, [mean, variance], shape.o)?;
-    } else if count < 2 {
-        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[&dims]));
+    match by {
+        NormBy::Batch => check_count(count, &dims)?,
+        NormBy::Stored(mean, variance) => check_stored(x, [mean, variance], shape.o)?,
     }
     let pooling =
         how.pooling.map(|[kernel, stride, padding]| pool_shape(&dims, kernel, stride, padding)).transpose()?;
@@ -75,19 +76,12 @@ pub fn conv2d_norm_act(
             })),
         };
         let z = z.expect("just built");
-        let taken = match by {
-            NormBy::Batch => {
-                let vector = |values: &[f32]| Tensor::from_slice(values, [shape.o]);
-                Some(BatchStatistics { mean: vector(&mean)?, variance: vector(&variance)?, count })
-            }
-            NormBy::Stored(..) => None,
+        let (mean, variance) = match by {
+            NormBy::Batch => (Tensor::from_slice(&mean, [shape.o])?, Tensor::from_slice(&variance, [shape.o])?),
+            NormBy::Stored(mean, variance) => (mean.clone(), variance.clone()),
         };
-        let (mean, variance) = match (by, &taken) {
-            (NormBy::Stored(mean, variance), _) => (mean, variance),
-            (_, Some(taken)) => (&taken.mean, &taken.variance),
-            (NormBy::Batch, None) => unreachable!("taken above"),
-        };
-        let (y, saved) = normalise(&z, mean, variance, how, taken.as_ref().map(|taken| taken.count), pooled)?;
+        let of_batch = matches!(by, NormBy::Batch).then_some(count);
+        let (y, saved) = normalise(&z, &mean, &variance, how, of_batch, pooled)?;
         let inputs: Vec<&Tensor> = [x, weight, how.gamma, how.beta].into_iter().chain(how.residual).collect();
         let y = record("conv2d_norm_act", y, &inputs, |_| {
             // Each gradient needs the other operand alone: a frozen filter's input is not kept.
@@ -117,6 +111,6 @@ pub fn conv2d_norm_act(
                 Ok(of_conv.into_iter().chain([gradients.gamma, gradients.beta]).chain(gradients.residual).collect())
             })
         });
-        Ok((y, taken))
+        Ok((y, of_batch.map(|count| BatchStatistics { mean, variance, count })))
     })
 }

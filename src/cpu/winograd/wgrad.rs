@@ -12,6 +12,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
+use crate::cpu::gemm_transposed::{Order, reduce};
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -76,11 +77,11 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
     let (grid, sums) = (TileGrid::new(shape, M), Sums::<W, M>::new(isa, c, o));
-    let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
-    let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count().max(1));
     if grid.count() == 0 {
         return dfilter.fill(0.0);
     }
+    let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
+    let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count());
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
     if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
@@ -169,14 +170,7 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
             }
         }
     });
-    let (total, rest) = totals.split_at_mut(sums.len());
-    total.par_chunks_mut(SUMMED).enumerate().for_each(|(i, total)| {
-        for rest in rest.chunks_exact(sums.len()) {
-            total.iter_mut().zip(&rest[i * SUMMED..]).for_each(|(total, x)| *total += x);
-        }
-    });
-    sums.finish_all(total, &Output::new(dfilter));
+    let (mut total, position_len) = (Scratch::<f32>::take(sums.len()), sums.position_len()[0]);
+    reduce(&totals, groups, slots_of::<M>().pow(2), position_len, position_len, &mut total, Order::RowMajor);
+    sums.finish_all(&total, &Output::new(dfilter));
 }
-
-/// Values of groups' sums that are added together.
-const SUMMED: usize = 1 << 12;

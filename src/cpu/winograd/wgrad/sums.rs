@@ -46,7 +46,7 @@ impl<W: Float, const M: usize> Sums<W, M> {
     }
 
     /// Values of a position, and of them those that are used.
-    fn position_len(&self) -> [usize; 2] {
+    pub(super) fn position_len(&self) -> [usize; 2] {
         let used = self.layout.panels * self.o * self.layout.width;
         [spread(used), used]
     }
