@@ -57,7 +57,10 @@ pub fn multiply_transposed<T: Float>(
         return;
     }
     let (rows, ranges) = (gather.rows(), columns.div_ceil(COLUMNS));
-    let parts = rows.div_ceil(PART).max(1);
+    if rows == 0 {
+        return c.fill(0.0);
+    }
+    let parts = rows.div_ceil(PART);
     let tap_groups = TASKS.div_ceil(parts * ranges).min(gather.taps.len());
     let taps_each = gather.taps.len().div_ceil(tap_groups);
     // [part][range of columns][depth][column]; the tasks of a range take consecutive taps, hence consecutive pieces of it.

@@ -122,6 +122,16 @@ fn layers_of_the_network() {
 }
 
 #[test]
+fn no_pictures() {
+    check(shape([0, 21, 18, 3], [64, 7, 7], [2, 2], [3, 3]));
+    check(shape([0, 28, 28, 64], [64, 3, 3], [1, 1], [1, 1]));
+    check(shape([0, 7, 7, 256], [256, 3, 3], [1, 1], [1, 1]));
+    check(shape([0, 9, 8, 64], [128, 3, 3], [2, 2], [1, 1]));
+    check(shape([0, 8, 7, 64], [128, 1, 1], [2, 2], [0, 0]));
+    check(shape([0, 3, 3, 5], [7, 3, 3], [1, 1], [1, 1]));
+}
+
+#[test]
 fn many_rows_are_split_into_parts() {
     // More than 4096 rows of dy, so that the filter's gradient is summed from several parts.
     check(shape([3, 41, 40, 4], [5, 3, 3], [1, 1], [1, 1]));

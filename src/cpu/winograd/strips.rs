@@ -140,6 +140,9 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     y: &mut [T],
 ) {
     let tiles = TileGrid::new(shape, axis::<W>(STRIDE).outputs).count();
+    if tiles == 0 {
+        return;
+    }
     if few::suits::<W>(filter.isa, STRIDE, tiles) {
         return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
     }
