@@ -3,8 +3,9 @@
 
 use super::decode::{Pixels, decode};
 use crate::error::{Error, Result};
-use fast_image_resize::images::{CroppedImage, Image, ImageRef};
-use fast_image_resize::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -83,7 +84,7 @@ impl Preprocess {
         let (left, box_width) = x.source_box(width, picture.width);
         let (top, box_height) = y.source_box(height, picture.height);
         let options = bilinear().crop(left, top, box_width, box_height);
-        let kept = resize(&whole(picture)?, [x.len, y.len], &options)?;
+        let kept = resize(&part(picture, [0, 0, picture.width, picture.height])?, [x.len, y.len], &options)?;
         if x.margin == 0 && y.margin == 0 && (x.len, y.len) == (self.crop, self.crop) {
             return Ok(kept);
         }
@@ -105,11 +106,7 @@ impl Preprocess {
         if width == 0 || height == 0 {
             return Err(argument(format!("a part of {width}x{height} pixels")));
         }
-        let whole = whole(picture)?;
-        let part = CroppedImage::new(&whole, left, top, width, height).map_err(|e| {
-            argument(format!("part {width}x{height} at ({left}, {top}) of {}x{}: {e}", picture.width, picture.height))
-        })?;
-        resize(&part, [self.crop; 2], &bilinear())
+        resize(&part(picture, [left, top, width, height])?, [self.crop; 2], &bilinear())
     }
 
     /// `(x / 255 - mean) / std` in f32, in the order in which `ToTensor` and `Normalize` compute it, so that bits agree.
@@ -164,17 +161,26 @@ fn bilinear() -> ResizeOptions {
     ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false)
 }
 
-fn whole(picture: &Pixels) -> Result<ImageRef<'_>> {
-    ImageRef::new(picture.width, picture.height, &picture.data, PixelType::U8x3).map_err(|e| {
+/// A view of one type, as the resizing is compiled for every type that it is used with.
+type Part<'a> = TypedCroppedImage<'a, TypedImageRef<'a, U8x3>>;
+
+/// The part `[left, top, width, height]` of a picture.
+fn part(picture: &Pixels, [left, top, width, height]: [u32; 4]) -> Result<Part<'_>> {
+    let whole = TypedImageRef::from_buffer(picture.width, picture.height, &picture.data).map_err(|e| {
         argument(format!("{} bytes for {}x{} pixels: {e}", picture.data.len(), picture.width, picture.height))
+    })?;
+    TypedCroppedImage::new(whole, left, top, width, height).map_err(|e| {
+        argument(format!("part {width}x{height} at ({left}, {top}) of {}x{}: {e}", picture.width, picture.height))
     })
 }
 
 /// `[height, width, 3]` for the size `[width, height]`.
-fn resize(source: &impl IntoImageView, [width, height]: [u32; 2], options: &ResizeOptions) -> Result<Vec<u8>> {
-    let mut target = Image::new(width, height, PixelType::U8x3);
-    Resizer::new().resize(source, &mut target, options).map_err(|e| argument(e.to_string()))?;
-    Ok(target.into_vec())
+fn resize(source: &Part, [width, height]: [u32; 2], options: &ResizeOptions) -> Result<Vec<u8>> {
+    let mut pixels = vec![0; width as usize * height as usize * 3];
+    let mut target =
+        TypedImage::<U8x3>::from_buffer(width, height, &mut pixels).map_err(|e| argument(e.to_string()))?;
+    Resizer::new().resize_typed(source, &mut target, options).map_err(|e| argument(e.to_string()))?;
+    Ok(pixels)
 }
 
 fn argument(problem: String) -> Error {
