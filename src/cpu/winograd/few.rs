@@ -22,6 +22,21 @@ use std::ops::Range;
 
 /// Tiles whose sums at a row of positions, or at half of a long one, fill the registers.
 const TILES: usize = 4;
+
+/// Runs `$body` with `$VALUE` the constant that `$value` is.
+macro_rules! at_value {
+    ($value:expr, $VALUE:ident => $body:block) => { at_value!(@ $value, $VALUE $body 0 1 2 3 4 5 6 7 8) };
+    (@ $value:expr, $VALUE:ident $body:block $($i:literal)*) => {
+        match $value {
+            $($i => {
+                const $VALUE: usize = $i;
+                $body
+            })*
+            _ => unreachable!("values of a filter along an axis"),
+        }
+    };
+}
+
 /// Registers that sums take, of as many as there are.
 const fn sums(registers: usize) -> usize {
     if registers > 24 { 24 } else { 10 }
@@ -255,6 +270,36 @@ impl<W: Float> Product<W> {
         Self::slots::<S, STRIDE, GROUP, PART>()[0] + i
     }
 
+    /// Which slots of a part of a row and tiles have products, as bits: `[slot][tile]`.
+    const fn products<
+        S: Simd,
+        const STRIDE: usize,
+        const ROW: usize,
+        const PART: usize,
+        const GROUP: usize,
+        const CORNERS: bool,
+    >() -> u64 {
+        let (mut products, mut i) = (0, 0);
+        while i < Self::slots::<S, STRIDE, GROUP, PART>()[1] * TILES {
+            let (slot, tile) = (Self::slot::<S, STRIDE, GROUP, PART>(i / TILES), i % TILES);
+            if tile < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, slot, tile) {
+                products |= 1 << i;
+            }
+            i += 1;
+        }
+        products
+    }
+
+    /// The position of each slot of a part of a row.
+    const fn positions<S: Simd, const STRIDE: usize, const PART: usize, const GROUP: usize>() -> [usize; MAX] {
+        let (mut positions, mut i) = ([0; MAX], 0);
+        while i < Self::slots::<S, STRIDE, GROUP, PART>()[1] {
+            positions[i] = position_of(axis::<W>(STRIDE), Self::slot::<S, STRIDE, GROUP, PART>(i));
+            i += 1;
+        }
+        positions
+    }
+
     /// Adds those at a part of the slots across, for `GROUP` tiles.
     ///
     /// # Safety
@@ -272,31 +317,31 @@ impl<W: Float> Product<W> {
         simd: S,
     ) {
         let mut sums = [[simd.splat(0.0); TILES]; MAX];
-        // Runs `$body` for every slot and tile that has products.
-        macro_rules! at_each {
-            ($I:ident, $TILE:ident => $body:expr) => {
-                unrolled!($I => {
-                    if const { $I < Self::slots::<S, STRIDE, GROUP, PART>()[1] } {
-                        unrolled!($TILE => {
-                            if const { $TILE < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, Self::slot::<S, STRIDE, GROUP, PART>($I), $TILE) } {
-                                $body
-                            }
-                        });
-                    }
-                })
+        // Computed once, and the compiler folds what depends on them: a constant for each slot and tile would be a million of them.
+        let products = const { Self::products::<S, STRIDE, ROW, PART, GROUP, CORNERS>() };
+        let positions = const { Self::positions::<S, STRIDE, PART, GROUP>() };
+        macro_rules! has {
+            ($slot:expr, $tile:expr) => {
+                products >> ($slot * TILES + $tile) & 1 == 1
             };
         }
-        // Where the sum of a slot and a tile is.
-        macro_rules! sum {
-            ($I:ident, $TILE:ident) => {{
-                let position = const { position_of(axis::<W>(STRIDE), Self::slot::<S, STRIDE, GROUP, PART>($I)) };
-                self.sums.wrapping_add((position * TILES + $TILE) * S::LANES)
-            }};
+        // Runs `$body` for every slot and tile that has products, with where their sum is.
+        macro_rules! at_each {
+            ($I:ident, $TILE:ident, $sum:ident => $body:expr) => {
+                unrolled!($I => {
+                    unrolled!($TILE in 0 1 2 3 => {
+                        if has!($I, $TILE) {
+                            let $sum = self.sums.wrapping_add((positions[$I] * TILES + $TILE) * S::LANES);
+                            $body
+                        }
+                    });
+                })
+            };
         }
         // The slots of a later phase add to the positions of an earlier one.
         if !(self.first && const { STRIDE == 1 || PART == 0 }) {
             // SAFETY: the contract.
-            at_each!(I, TILE => sums[I][TILE % TILES] = unsafe { simd.load(sum!(I, TILE)) });
+            at_each!(I, TILE, sum => sums[I][TILE] = unsafe { simd.load(sum) });
         }
         let tap_len = S::LANES * W::PER_WORD;
         for word in 0..self.words {
@@ -305,8 +350,9 @@ impl<W: Float> Product<W> {
             if PART == 0 {
                 // The rows of the filters' values share the lines of the words that come next.
                 let ahead = taps.wrapping_add(self.words * TAPS * TAPS * tap_len);
+                let values = const { values::<W>(STRIDE) };
                 unrolled!(TAP => {
-                    if TAP % const { values::<W>(STRIDE) } == ROW {
+                    if TAP % values == ROW {
                         simd.prefetch_once(ahead.wrapping_add(TAP * tap_len).cast());
                     }
                 });
@@ -325,26 +371,26 @@ impl<W: Float> Product<W> {
                         }
                     });
                     columns[0][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[0]);
-                    columns[1][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[1]);
+                    if const { W::PER_WORD > 1 } {
+                        columns[1][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[1]);
+                    }
                 }
             });
+            let across = const { slots(axis::<W>(STRIDE)) };
             unrolled!(I => {
                 if const { I < Self::slots::<S, STRIDE, GROUP, PART>()[1] } {
                     let slot = const { Self::slot::<S, STRIDE, GROUP, PART>(I) };
                     // One value after the other, as there are no registers for all.
-                    let [mut low, mut high] = [simd.splat(0.0); 2];
-                    unrolled!(VALUE => {
-                        if const { VALUE == value_of::<W>(STRIDE, Self::slot::<S, STRIDE, GROUP, PART>(I)) } {
-                            low = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[0]);
-                            high = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[1]);
-                        }
+                    let value = at_value!(const { value_of::<W>(STRIDE, Self::slot::<S, STRIDE, GROUP, PART>(I)) }, VALUE => {
+                        let low = at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[0]);
+                        let high = if const { W::PER_WORD > 1 } { at_point::<Filter<W, STRIDE>, S, VALUE>(simd, &columns[1]) } else { low };
+                        W::words(simd, low, high)
                     });
-                    let value = W::words(simd, low, high);
-                    unrolled!(TILE => {
-                        if const { TILE < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, Self::slot::<S, STRIDE, GROUP, PART>(I), TILE) } {
+                    unrolled!(TILE in 0 1 2 3 => {
+                        if has!(I, TILE) {
                             // SAFETY: the contract.
-                            let input = unsafe { inputs.add(TILE * const { slots(axis::<W>(STRIDE)) } + slot).read_unaligned() };
-                            let sum = &mut sums[I][TILE % TILES];
+                            let input = unsafe { inputs.add(TILE * across + slot).read_unaligned() };
+                            let sum = &mut sums[I][TILE];
                             *sum = W::multiply_words(simd, simd.splat(input), value, *sum);
                         }
                     });
@@ -352,6 +398,6 @@ impl<W: Float> Product<W> {
             });
         }
         // SAFETY: the contract.
-        at_each!(I, TILE => unsafe { simd.store(sum!(I, TILE), sums[I][TILE % TILES]) });
+        at_each!(I, TILE, sum => unsafe { simd.store(sum, sums[I][TILE]) });
     }
 }

@@ -120,30 +120,27 @@ pub(super) fn apply<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S:
     }
     let mut out = [simd.splat(0.0); MAX];
     let shift = const { PairsOf::<X>::SHIFT };
-    unrolled!(HALF => {
-        if HALF < 2 {
-            // What the pairs of this half have in common, with the one power and with the other.
-            let even = [product!(1 - HALF % 2, shift), product!(1 - HALF % 2, shift + 2)];
-            let odd = [product!(1 - HALF % 2, shift + 1), product!(1 - HALF % 2, shift + 3)];
-            if HALF == 0 {
-                out[const { PairsOf::<X>::PAIRS.infinity }] = product!(0, even[0], even[1], product!(1, shift + 4));
-                if let Some((zero, scale)) = const { PairsOf::<X>::ZERO } {
-                    let sum = product!(0, product!(1, 0), odd[0], odd[1]);
-                    out[zero] = simd.mul_add(simd.splat(scale), sum, simd.splat(0.0));
-                }
+    unrolled!(HALF in 0 1 => {
+        // What the pairs of this half have in common, with the one power and with the other.
+        let even = [product!(1 - HALF, shift), product!(1 - HALF, shift + 2)];
+        let odd = [product!(1 - HALF, shift + 1), product!(1 - HALF, shift + 3)];
+        if HALF == 0 {
+            out[const { PairsOf::<X>::PAIRS.infinity }] = product!(0, even[0], even[1], product!(1, shift + 4));
+            if let Some((zero, scale)) = const { PairsOf::<X>::ZERO } {
+                let sum = product!(0, product!(1, 0), odd[0], odd[1]);
+                out[zero] = simd.mul_add(simd.splat(scale), sum, simd.splat(0.0));
             }
-            unrolled!(PAIR => {
-                if const { PAIR / 2 == HALF } {
-                    let other = simd.splat(const { PairsOf::<X>::PAIRS.factor((PAIR % 4) ^ 1) });
-                    let [with_point, rest] = const { PairsOf::<X>::SCALES[PAIR % 4] };
-                    let even = simd.mul_add(simd.splat(with_point), simd.mul_add(other, even[0], even[1]), simd.splat(0.0));
-                    let odd = simd.mul_add(simd.splat(rest), simd.mul_add(other, odd[0], odd[1]), simd.splat(0.0));
-                    let [first, second] = const { PairsOf::<X>::PAIRS.rows[PAIR % 4] };
-                    out[first] = simd.add(even, odd);
-                    out[second] = if const { PairsOf::<X>::turned(PAIR % 4) } { simd.sub(even, odd) } else { simd.sub(odd, even) };
-                }
-            });
         }
+        unrolled!(OF_HALF in 0 1 => {
+            const PAIR: usize = 2 * HALF + OF_HALF;
+            let other = simd.splat(const { PairsOf::<X>::PAIRS.factor(PAIR ^ 1) });
+            let [with_point, rest] = const { PairsOf::<X>::SCALES[PAIR] };
+            let even = simd.mul_add(simd.splat(with_point), simd.mul_add(other, even[0], even[1]), simd.splat(0.0));
+            let odd = simd.mul_add(simd.splat(rest), simd.mul_add(other, odd[0], odd[1]), simd.splat(0.0));
+            let [first, second] = const { PairsOf::<X>::PAIRS.rows[PAIR] };
+            out[first] = simd.add(even, odd);
+            out[second] = if const { PairsOf::<X>::turned(PAIR) } { simd.sub(even, odd) } else { simd.sub(odd, even) };
+        });
     });
     out
 }

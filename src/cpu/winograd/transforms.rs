@@ -68,9 +68,11 @@ pub(super) const fn all_positions<W: Float>() -> usize {
     positions(row_axis::<W>(), row_axis::<W>().outputs)
 }
 
-/// Runs `$body` with `$I` the constants 0 to 9: what a loop over them would compute at run time is then known to the compiler.
+/// Runs `$body` with `$I` the constants 0 to 9, or those given: what a loop over them would compute at run time is then known to the
+/// compiler. It evaluates each `const` of each copy for each instance: a loop in a loop is many thousands.
 macro_rules! unrolled {
-    ($I:ident => $body:block) => { unrolled!(@ $I $body 0 1 2 3 4 5 6 7 8 9) };
+    ($I:ident => $body:block) => { unrolled!($I in 0 1 2 3 4 5 6 7 8 9 => $body) };
+    ($I:ident in $($i:literal)* => $body:block) => { unrolled!(@ $I $body $($i)*) };
     (@ $I:ident $body:block $($i:literal)*) => {
         $({
             const $I: usize = $i;
@@ -86,8 +88,9 @@ pub(super) use unrolled;
 macro_rules! vectors {
     ($simd:expr, $n:expr, $I:ident => $load:expr) => {{
         let mut values = [$simd.splat(0.0); MAX];
+        let count = const { $n };
         unrolled!($I => {
-            if $I < const { $n } {
+            if $I < count {
                 values[$I] = $load;
             }
         });
@@ -320,19 +323,44 @@ const fn first_of(row: &[f32; MAX]) -> usize {
     i
 }
 
-/// Sum of the values times a row, a constant. What is zero is left out before the compiler sees it.
+/// How a value is added to the sum of those before it.
+type How = u8;
+const NOT: How = 0;
+const FIRST: How = 1;
+const ADDED: How = 2;
+const SUBTRACTED: How = 3;
+const DOUBLED: How = 4;
+const MULTIPLIED: How = 5;
+
+/// How each of the values is added that are multiplied by a row.
+const fn hows(row: &[f32; MAX]) -> [How; MAX] {
+    let (mut hows, mut i) = ([NOT; MAX], 0);
+    while i < MAX {
+        hows[i] = match (row[i], first_of(row) == i) {
+            (0.0, _) => NOT,
+            (1.0, true) => FIRST,
+            (1.0, false) => ADDED,
+            (2.0, true) => DOUBLED,
+            (-1.0, false) => SUBTRACTED,
+            _ => MULTIPLIED,
+        };
+        i += 1;
+    }
+    hows
+}
+
+/// Sum of the values times a row, a constant, `$hows` being [`hows`] of it. What is zero is left out before the compiler sees it.
 macro_rules! combine {
-    ($simd:expr, $row:expr, $values:expr) => {{
-        let mut sum = $simd.splat(0.0);
+    ($simd:expr, $row:expr, $hows:expr, $values:expr) => {{
+        let (row, mut sum): (&'static [f32; MAX], _) = (&$row, $simd.splat(0.0));
         unrolled!(I => {
-            if const { $row[I] != 0.0 } {
-                sum = match const { ($row[I], first_of(&$row) == I) } {
-                    (1.0, true) => $values[I],
-                    (1.0, false) => $simd.add(sum, $values[I]),
-                    (2.0, true) => $simd.add($values[I], $values[I]),
-                    (-1.0, false) => $simd.sub(sum, $values[I]),
-                    (factor, _) => $simd.mul_add($simd.splat(factor), $values[I], sum),
-                };
+            match const { $hows[I] } {
+                NOT => {}
+                FIRST => sum = $values[I],
+                ADDED => sum = $simd.add(sum, $values[I]),
+                SUBTRACTED => sum = $simd.sub(sum, $values[I]),
+                DOUBLED => sum = $simd.add($values[I], $values[I]),
+                _ => sum = $simd.mul_add($simd.splat(row[I]), $values[I], sum),
             }
         });
         sum
@@ -352,14 +380,15 @@ impl<X: Transform, const ROW: usize> Row<X, ROW> {
     };
     const SAME: [f32; MAX] = common(&X::MATRIX, Self::PAIR, true);
     const DIFFERENT: [f32; MAX] = common(&X::MATRIX, Self::PAIR, false);
+    const HOWS: [[How; MAX]; 2] = [hows(&Self::SAME), hows(&Self::DIFFERENT)];
 
     #[inline(always)]
     fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
-        let same = combine!(simd, Self::SAME, values);
+        let same = combine!(simd, Self::SAME, Self::HOWS[0], values);
         if const { Self::PAIR[0] == Self::PAIR[1] } {
             return same;
         }
-        let different = combine!(simd, Self::DIFFERENT, values);
+        let different = combine!(simd, Self::DIFFERENT, Self::HOWS[1], values);
         if const { Self::PAIR[0] == ROW } { simd.add(same, different) } else { simd.sub(same, different) }
     }
 }
@@ -390,6 +419,14 @@ impl<X: Transform, const COLUMN: usize> Column<X, COLUMN> {
     };
     /// The matrix for sums and differences.
     const FOLDED: Square = folded(&X::MATRIX);
+    const HOWS: [[How; MAX]; MAX] = {
+        let (mut out, mut i) = ([[NOT; MAX]; MAX], 0);
+        while i < MAX {
+            out[i] = hows(&Self::FOLDED[i]);
+            i += 1;
+        }
+        out
+    };
 }
 
 /// A transform from points to values, by sums and differences of what belongs to opposite ones.
@@ -400,7 +437,7 @@ fn from_points<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; M
         (other, this) if other < this => simd.sub(values[other], values[this]),
         _ => values[I],
     });
-    vectors!(simd, X::RESULTS, ROW => combine!(simd, Column::<X, 0>::FOLDED[ROW], folds))
+    vectors!(simd, X::RESULTS, ROW => combine!(simd, Column::<X, 0>::FOLDED[ROW], Column::<X, 0>::HOWS[ROW], folds))
 }
 
 /// Vectors between the transforms along the two axes.
