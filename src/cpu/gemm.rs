@@ -257,6 +257,7 @@ fn depth_blocks(taps: usize, run: usize, depth: usize) -> Vec<DepthBlock> {
 
 impl<T: Float> Task for Block<'_, T> {
     type Output = ();
+    const BF16: bool = T::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -138,6 +138,9 @@ pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
 
 /// Work on some columns of `[rows, channels]`, all rows of them, so that what belongs to a channel stays in registers.
 pub(super) trait Columns {
+    /// As [`Task::BF16`].
+    const BF16: bool;
+
     /// Columns from `column` on, `V` vectors of them.
     ///
     /// # Safety
@@ -152,6 +155,7 @@ struct ByColumns<C> {
 
 impl<C: Columns> Task for ByColumns<C> {
     type Output = ();
+    const BF16: bool = C::BF16;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
@@ -224,6 +228,8 @@ struct PieceMoments<'a, T> {
 }
 
 impl<T: Float> Columns for PieceMoments<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let (channels, width) = (self.mean.len(), V * S::LANES);
@@ -278,6 +284,8 @@ struct Affine<'a, T> {
 }
 
 impl<T: Float> Columns for Affine<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let channels = self.scale.len();
@@ -307,6 +315,8 @@ struct ColumnSums<'a, T> {
 }
 
 impl<T: Float> Columns for ColumnSums<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let channels = self.sums.len();

@@ -137,6 +137,8 @@ struct BackwardSums<'a, T> {
 }
 
 impl<T: Float> Columns for BackwardSums<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let channels = self.mean.len();
@@ -174,6 +176,8 @@ struct BackwardInput<'a, T> {
 }
 
 impl<T: Float> Columns for BackwardInput<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let channels = self.a.len();

@@ -25,6 +25,7 @@ struct Chains<T>(PhantomData<T>);
 
 impl<T: Float> Task for Chains<T> {
     type Output = ();
+    const BF16: bool = T::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -260,6 +260,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
 pub trait Task {
     /// What it gives back.
     type Output;
+    /// Whether it multiplies pairs of bf16, or rounds to them. What does not is compiled once for AVX-512 with and without bf16.
+    const BF16: bool = true;
     /// Does the work.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
@@ -270,9 +272,9 @@ pub fn dispatch<T: Task>(isa: Isa, task: T) -> T::Output {
     let isa = isa.vectors();
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 if isa.is_supported() => super::avx512::run_bf16(task),
+        Isa::Avx512Bf16 if T::BF16 && isa.is_supported() => super::avx512::run_bf16(task),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 if isa.is_supported() => super::avx512::run(task),
+        Isa::Avx512 | Isa::Avx512Bf16 if isa.is_supported() => super::avx512::run(task),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 if isa.is_supported() => super::avx2::run(task),
         #[cfg(target_arch = "aarch64")]

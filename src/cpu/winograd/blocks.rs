@@ -104,6 +104,7 @@ struct FilterTransform<'a, W> {
 
 impl<W: Float> Task for FilterTransform<'_, W> {
     type Output = ();
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -190,6 +191,7 @@ struct Panel<'a, W> {
 
 impl<W: Float> Task for Panel<'_, W> {
     type Output = ();
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

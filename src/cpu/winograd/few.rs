@@ -122,6 +122,7 @@ struct Vector<'a, W, const STRIDE: usize> {
 
 impl<W: Float, const STRIDE: usize> Task for Vector<'_, W, STRIDE> {
     type Output = Scratch<f32>;
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Scratch<f32> {

@@ -164,6 +164,7 @@ struct Rows<'a, T, W> {
 
 impl<T: Float, W: Float> Task for Rows<'_, T, W> {
     type Output = ();
+    const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -74,6 +74,7 @@ struct Products<'a, T> {
 
 impl<T: Float> Task for Products<'_, T> {
     type Output = ();
+    const BF16: bool = T::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

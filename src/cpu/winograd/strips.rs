@@ -219,6 +219,7 @@ struct Strip<'a, W, const STRIDE: usize> {
 
 impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
     type Output = Scratch<f32>;
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Scratch<f32> {

@@ -45,6 +45,7 @@ pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
 
 impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> {
     type Output = ();
+    const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -198,6 +199,7 @@ impl Starts {
 
 impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> {
     type Output = ();
+    const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

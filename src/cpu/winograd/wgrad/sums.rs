@@ -171,6 +171,7 @@ struct TransformTiles<'a, T, W, const M: usize> {
 
 impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
     type Output = ();
+    const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -255,6 +256,7 @@ struct Multiply<'a, W> {
 
 impl<W: Float> Task for Multiply<'_, W> {
     type Output = ();
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -288,6 +290,7 @@ struct ToFilter<'a, W, const M: usize> {
 
 impl<W: Float, const M: usize> Task for ToFilter<'_, W, M> {
     type Output = ();
+    const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
