@@ -164,8 +164,11 @@ impl ResNet18 {
         self.stage(Stage::Head, &self.backbone(x, cut, Stage::Head, training)?, training)
     }
 
-    /// The stages from `first` on and before `end`.
-    fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
+    /// The stages from `first` on and before `end`, of images or of what the stage before gave: feature maps, `[N, H, W, C]`. On the
+    /// CPU threads take some pictures each where these do not depend on one another; no bit depends on how they are divided.
+    ///
+    /// Errors: as [`ResNet18::stage`].
+    pub fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
         match x.device() {
             Device::Cpu => on_a_worker(|| self.backbone_on_cpu(x, first..end, training)),
             Device::Cuda => self.stages(x.clone(), first..end, training),

@@ -198,13 +198,37 @@ fn are_corners(part: &Part) -> bool {
 /// Whether tile `tile` has products with row `row` of a filter's values at a slot across. `corners`: where the tiles are
 /// [`CORNER_TILES`], some have three outputs.
 const fn has_product<W: Float>(stride: usize, corners: bool, row: usize, slot: usize, tile: usize) -> bool {
-    if !corners || tile >= TILES {
-        return tile < TILES;
+    if !corners {
+        return true;
     }
     let (axis, [down, across]) = (axis::<W>(stride), CORNER_TILES[tile]);
     // The last value stands for several slots with a stride, some of which every tile has.
     let any = stride > 1 && row + 1 == values::<W>(stride);
     (any || has_slot(axis, down, row)) && has_slot(axis, across, slot)
+}
+
+/// Which of some slots across, the first and how many, and of `group` tiles have products with row `row` of a filter's values, as bits:
+/// `[slot][tile]`.
+const fn products<W: Float>([first, count]: [usize; 2], stride: usize, corners: bool, row: usize, group: usize) -> u64 {
+    let (mut products, mut i) = (0, 0);
+    while i < count * TILES {
+        let (slot, tile) = (first + i / TILES, i % TILES);
+        if tile < group && has_product::<W>(stride, corners, row, slot, tile) {
+            products |= 1 << i;
+        }
+        i += 1;
+    }
+    products
+}
+
+/// The position of each of some slots, the first and how many.
+const fn positions_of<W: Float>([first, count]: [usize; 2], stride: usize) -> [usize; MAX] {
+    let (mut positions, mut i) = ([0; MAX], 0);
+    while i < count {
+        positions[i] = position_of(axis::<W>(stride), first + i);
+        i += 1;
+    }
+    positions
 }
 
 /// Some words of input channels at a slot down.
@@ -271,36 +295,6 @@ impl<W: Float> Product<W> {
         Self::slots::<S, STRIDE, GROUP, PART>()[0] + i
     }
 
-    /// Which slots of a part of a row and tiles have products, as bits: `[slot][tile]`.
-    const fn products<
-        S: Simd,
-        const STRIDE: usize,
-        const ROW: usize,
-        const PART: usize,
-        const GROUP: usize,
-        const CORNERS: bool,
-    >() -> u64 {
-        let (mut products, mut i) = (0, 0);
-        while i < Self::slots::<S, STRIDE, GROUP, PART>()[1] * TILES {
-            let (slot, tile) = (Self::slot::<S, STRIDE, GROUP, PART>(i / TILES), i % TILES);
-            if tile < GROUP && has_product::<W>(STRIDE, CORNERS, ROW, slot, tile) {
-                products |= 1 << i;
-            }
-            i += 1;
-        }
-        products
-    }
-
-    /// The position of each slot of a part of a row.
-    const fn positions<S: Simd, const STRIDE: usize, const PART: usize, const GROUP: usize>() -> [usize; MAX] {
-        let (mut positions, mut i) = ([0; MAX], 0);
-        while i < Self::slots::<S, STRIDE, GROUP, PART>()[1] {
-            positions[i] = position_of(axis::<W>(STRIDE), Self::slot::<S, STRIDE, GROUP, PART>(i));
-            i += 1;
-        }
-        positions
-    }
-
     /// Adds those at a part of the slots across, for `GROUP` tiles.
     ///
     /// # Safety
@@ -319,8 +313,8 @@ impl<W: Float> Product<W> {
     ) {
         let mut sums = [[simd.splat(0.0); TILES]; MAX];
         // Computed once, and the compiler folds what depends on them: a constant for each slot and tile would be a million of them.
-        let products = const { Self::products::<S, STRIDE, ROW, PART, GROUP, CORNERS>() };
-        let positions = const { Self::positions::<S, STRIDE, PART, GROUP>() };
+        let products = const { products::<W>(Self::slots::<S, STRIDE, GROUP, PART>(), STRIDE, CORNERS, ROW, GROUP) };
+        let positions = const { positions_of::<W>(Self::slots::<S, STRIDE, GROUP, PART>(), STRIDE) };
         macro_rules! has {
             ($slot:expr, $tile:expr) => {
                 products >> ($slot * TILES + $tile) & 1 == 1

@@ -72,8 +72,7 @@ pub(super) const fn all_positions<W: Float>() -> usize {
 /// compiler. It evaluates each `const` of each copy for each instance: a loop in a loop is many thousands.
 macro_rules! unrolled {
     ($I:ident => $body:block) => { unrolled!($I in 0 1 2 3 4 5 6 7 8 9 => $body) };
-    ($I:ident in $($i:literal)* => $body:block) => { unrolled!(@ $I $body $($i)*) };
-    (@ $I:ident $body:block $($i:literal)*) => {
+    ($I:ident in $($i:literal)* => $body:block) => {
         $({
             const $I: usize = $i;
             $body
@@ -323,7 +322,8 @@ const fn first_of(row: &[f32; MAX]) -> usize {
     i
 }
 
-/// How a value is added to the sum of those before it.
+/// How a value is added to the sum of those before it. A number, as the arms of a `match` on a constant of it are left out before the
+/// compiler sees them, and those on an `enum` are not.
 type How = u8;
 const NOT: How = 0;
 const FIRST: How = 1;
