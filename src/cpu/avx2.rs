@@ -68,11 +68,6 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
     }
     #[inline(always)]
-    fn prefetch_once(self, p: *const f32) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(p.cast()) };
-    }
-    #[inline(always)]
     fn relu(self, v: __m256) -> __m256 {
         // The second operand is what the instruction returns when either is NaN.
         // SAFETY: `self` proves the feature.

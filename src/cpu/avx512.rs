@@ -123,11 +123,6 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
     }
     #[inline(always)]
-    fn prefetch_once(self, p: *const f32) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(p.cast()) };
-    }
-    #[inline(always)]
     fn relu(self, v: __m512) -> __m512 {
         // The second operand is what the instruction returns when either is NaN.
         // SAFETY: `self` proves the feature.

@@ -9,7 +9,7 @@
 use half::bf16;
 use std::sync::OnceLock;
 
-/// An instruction set hone has kernels for, slowest first.
+/// An instruction set hone has kernels for, slowest first (but for products of pairs, which some processors take long for).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     /// What [`Isa::Amx`] does, with tiles in plain Rust: to test it elsewhere. Never chosen unless it is named.
@@ -64,9 +64,15 @@ impl Isa {
         }
     }
 
-    /// Every instruction set of this machine, slowest first.
+    /// Every instruction set of this machine.
     pub fn supported() -> impl Iterator<Item = Isa> {
         Self::NAMES.into_iter().map(|(_, isa)| isa).filter(|isa| isa.is_supported())
+    }
+
+    /// The fastest of this machine.
+    fn fastest() -> Isa {
+        let pairs_pay = multiplies_pairs_fast();
+        Self::supported().filter(|&isa| isa != Isa::Avx512Bf16 || pairs_pay).last().unwrap_or(Isa::Portable)
     }
 
     /// The one in use: `$HONE_ISA` if it names one that this machine has, else the fastest.
@@ -77,7 +83,7 @@ impl Isa {
             let named = Self::NAMES.into_iter().find(|(name, _)| Some(*name) == wanted.as_deref());
             match named.filter(|(_, isa)| isa.is_supported()) {
                 Some((_, isa)) => isa,
-                None => Self::supported().last().unwrap_or(Isa::Portable),
+                None => Self::fastest(),
             }
         })
     }
@@ -249,11 +255,17 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// The same, into L1.
     #[inline(always)]
     fn prefetch_near(self, _p: *const f32) {}
-    /// The same, for what is used once: into L1 alone, so that it takes no other cache's room.
-    #[inline(always)]
-    fn prefetch_once(self, _p: *const f32) {}
     /// Zero where `v` is below it, else `v`; NaN stays NaN, as in PyTorch.
     fn relu(self, v: Self::V) -> Self::V;
+}
+
+/// Whether a product of a pair of bf16 takes as long as one of f32, as on AMD's processors, and not four times as long, as on
+/// Intel's: with those bf16 is widened, and products are of f32.
+fn multiplies_pairs_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::x86_64::__cpuid(0).ebx != u32::from_le_bytes(*b"Genu");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
 }
 
 /// A piece of work that runs on one thread with one instruction set. Mark `run` `#[inline(always)]`.

@@ -348,7 +348,7 @@ impl<W: Float> Product<W> {
                 let values = const { values::<W>(STRIDE) };
                 unrolled!(TAP => {
                     if TAP % values == ROW {
-                        simd.prefetch_once(ahead.wrapping_add(TAP * tap_len).cast());
+                        simd.prefetch_near(ahead.wrapping_add(TAP * tap_len).cast());
                     }
                 });
             }
