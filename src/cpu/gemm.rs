@@ -11,6 +11,7 @@
 
 use super::float::{Float, convert};
 use super::gather::Gather;
+use super::parallel::for_each;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -196,7 +197,7 @@ pub fn multiply<T: Float>(a: &[T], gather: &Gather, b: &PackedB<T>, c: &mut [T],
     let group = if blocks < FEW_BLOCKS { 1 } else { panels };
     let out = Output::new(c);
     let tasks = blocks * panels.div_ceil(group);
-    (0..tasks).into_par_iter().for_each(|task| {
+    for_each(tasks, |task| {
         let (rows_of, first) = (task / panels.div_ceil(group), task % panels.div_ceil(group) * group);
         let rows = (rows_of * block).min(rows)..((rows_of + 1) * block).min(rows);
         let panels = first..(first + group).min(panels);

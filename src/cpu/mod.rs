@@ -21,6 +21,7 @@ pub mod norm;
 pub mod norm_backward;
 pub mod norm_pool;
 pub mod optim;
+pub mod parallel;
 pub mod peak;
 pub mod pool;
 mod portable;

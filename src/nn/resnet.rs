@@ -4,6 +4,7 @@ use super::layers::{BatchNorm2d, ConvBn, Linear};
 use super::parameter::Parameter;
 use crate::autograd;
 use crate::cpu::conv::ConvShape;
+use crate::cpu::parallel::on_a_worker;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
 use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
@@ -152,16 +153,18 @@ impl ResNet18 {
 
     /// What `cut` is given for images `[N, H, W, 3]`: the stages before it, and the pooling before the head, `[N, 512]`.
     pub fn prefix(&self, images: &Tensor, cut: Stage, training: bool) -> Result<Tensor> {
-        let x = self.backbone(images, Stage::Stem, cut, training)?;
-        if cut == Stage::Head { ops::global_avg_pool(&x) } else { Ok(x) }
+        computing(images, || {
+            let x = self.backbone(images, Stage::Stem, cut, training)?;
+            if cut == Stage::Head { ops::global_avg_pool(&x) } else { Ok(x) }
+        })
     }
 
     /// Logits `[N, classes]` of what [`ResNet18::prefix`] gave for the same `cut`.
     pub fn suffix(&self, x: &Tensor, cut: Stage, training: bool) -> Result<Tensor> {
-        if cut == Stage::Head {
-            return self.head.forward(x);
-        }
-        self.stage(Stage::Head, &self.backbone(x, cut, Stage::Head, training)?, training)
+        computing(x, || match cut {
+            Stage::Head => self.head.forward(x),
+            _ => self.stage(Stage::Head, &self.backbone(x, cut, Stage::Head, training)?, training),
+        })
     }
 
     /// The stages from `first` on and before `end`, of images or of what the stage before gave: feature maps, `[N, H, W, C]`. On the
@@ -169,10 +172,10 @@ impl ResNet18 {
     ///
     /// Errors: as [`ResNet18::stage`].
     pub fn backbone(&self, x: &Tensor, first: Stage, end: Stage, training: bool) -> Result<Tensor> {
-        match x.device() {
-            Device::Cpu => on_a_worker(|| self.backbone_on_cpu(x, first..end, training)),
+        computing(x, || match x.device() {
+            Device::Cpu => self.backbone_on_cpu(x, first..end, training),
             Device::Cuda => self.stages(x.clone(), first..end, training),
-        }
+        })
     }
 
     fn stages(&self, x: Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
@@ -364,11 +367,13 @@ fn of(stages: Range<Stage>) -> impl Iterator<Item = Stage> {
     Stage::ALL.into_iter().filter(move |stage| stages.contains(stage))
 }
 
-/// Runs `body` on one of the threads that compute. Each operation would otherwise wake them and sleep itself, and with one picture
-/// that takes a good part of the time.
-fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+/// Runs `body`, which computes with `x`, where its device is best used from.
+fn computing<R: Send>(x: &Tensor, body: impl FnOnce() -> R + Send) -> R {
     let recording = autograd::is_enabled();
-    rayon::scope(|_| recording_if(recording, body))
+    match x.device() {
+        Device::Cpu => on_a_worker(|| recording_if(recording, body)),
+        Device::Cuda => body(),
+    }
 }
 
 /// Pictures of a batch.

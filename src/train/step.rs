@@ -11,6 +11,7 @@ use super::metrics::Tally;
 use super::mix::mix;
 use super::placement::Placement;
 use crate::autograd::Gradients;
+use crate::cpu::parallel::on_a_worker;
 use crate::cuda::optim::Tables;
 use crate::cuda::{Arena, Graph, context};
 use crate::data::{Augment, generator};
@@ -140,7 +141,7 @@ impl Trainer {
         }
         let x = self.placement.place(&x)?;
         let learnt = match self.placement.device {
-            Device::Cpu => self.learn(config, &x, stage, labels, other, place.factor)?,
+            Device::Cpu => on_a_worker(|| self.learn(config, &x, stage, labels, other, place.factor))?,
             Device::Cuda => self.learn_on_cuda(config, x, stage, labels, other, place.factor)?,
         };
         if let Some(ema) = &mut self.ema {

@@ -8,13 +8,13 @@
 use super::super::float::Float;
 use super::super::gather::Gather;
 use super::super::gemm::{Epilogue, Output};
+use super::super::parallel::for_each;
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
 use super::planes::{Arrangement, NONE, Part};
 use super::{HALF, Parts, RIGHT, TileFilter, multiply_parts, parts_of};
 use half::bf16;
-use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -90,12 +90,18 @@ impl Product {
             return;
         }
         let c = Output::new(c);
-        self.jobs(b).into_par_iter().for_each(|(part, panels)| match b.parts {
-            1 => {
-                dispatch(isa, Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
-            }
-            _ => {
-                dispatch(isa, Job::<U, T, 2> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
+        let jobs = self.jobs(b);
+        for_each(jobs.len(), |job| {
+            let (part, panels) = jobs[job].clone();
+            match b.parts {
+                1 => dispatch(
+                    isa,
+                    Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData },
+                ),
+                _ => dispatch(
+                    isa,
+                    Job::<U, T, 2> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData },
+                ),
             }
         });
     }

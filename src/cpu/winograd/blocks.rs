@@ -12,6 +12,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -146,7 +147,7 @@ pub fn forward<T: Float, W: Float>(
     let groups = TASKS.div_ceil(blocks).min(panels);
     let group = panels.div_ceil(groups);
     let out = Output::new(y);
-    (0..groups * blocks).into_par_iter().for_each(|task| {
+    for_each(groups * blocks, |task| {
         let (first, block) = (task / blocks * group, task % blocks);
         let start = |block: usize| tiles.min(block * rows / blocks * TILE_ROWS);
         let part = &Part::new(shape, axis::<W>(1), start(block)..start(block + 1));

@@ -14,9 +14,9 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output};
+use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -88,13 +88,13 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     }
     let to = &Output::new(&mut inputs);
     let halves = halves(shape.c, filter.isa.lanes());
-    (0..halves.len() * tiles).into_par_iter().for_each(|i| {
+    for_each(halves.len() * tiles, |i| {
         let (tile, channels) = (i % tiles, halves[i / tiles].clone());
         dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, channels, to, layout });
     });
     let outputs = &Outputs { part, shape, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
     let (inputs, isa, across) = (&inputs, filter.isa, positions(axis, axis.outputs));
-    (0..shape.o / isa.lanes()).into_par_iter().for_each(|vector| {
+    for_each(shape.o / isa.lanes(), |vector| {
         let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });
         let of_group = sums.len() / tiles.div_ceil(group);
         for tile in 0..tiles {

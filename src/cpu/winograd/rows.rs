@@ -14,6 +14,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::parallel::for_each;
 use crate::cpu::pool::{PoolShape, max_pool_row};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -102,7 +103,7 @@ pub fn forward<T: Float, W: Float>(
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
     let out = Output::new(y);
-    (0..Seen::<T, W>::count(shape)).into_par_iter().for_each(|i| {
+    for_each(Seen::<T, W>::count(shape), |i| {
         dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out, before: 0 });
     });
 }

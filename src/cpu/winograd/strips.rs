@@ -17,6 +17,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, narrowed};
+use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -168,12 +169,13 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
                 starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
             })
             .collect();
-        pieces.par_iter().for_each(|(i, tiles, channels)| {
-            let (part, to, tiles, channels) = (&parts[*i], &to[*i], tiles.clone(), channels.clone());
+        for_each(pieces.len(), |piece| {
+            let (i, tiles, channels) = pieces[piece].clone();
+            let (part, to) = (&parts[i], &to[i]);
             let layout = layout(part);
             dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, channels, to, layout });
         });
-        (0..parts.len() * strips).into_par_iter().for_each(|task| {
+        for_each(parts.len() * strips, |task| {
             let (part, strip) = (task / strips, task % strips);
             let (part, inputs) = (&parts[part], &inputs[part]);
             let outputs = &Outputs { part, shape, epilogue, y: &out, transform: PhantomData::<W> };

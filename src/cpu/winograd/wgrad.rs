@@ -13,6 +13,7 @@ use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
 use crate::cpu::gemm_transposed::{Order, reduce};
+use crate::cpu::parallel::for_each;
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -87,7 +88,7 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
         // More sums than tiles, and all tiles at once: some sums of all positions at a time, which need not go to memory.
         let tiles = sums.transform(x, dy, shape, 0..grid.count());
-        (0..panels * blocks).into_par_iter().for_each(|task| {
+        for_each(panels * blocks, |task| {
             let (panel, block) = (task / blocks, task % blocks);
             let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
             // [position][o][column]

@@ -8,6 +8,7 @@ use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
 use crate::cpu::gemm_transposed::{SLICE, multiply_runs};
+use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -71,7 +72,7 @@ impl<W: Float, const M: usize> Sums<W, M> {
         let mut inputs = Scratch::<W>::take(all * layout.inputs(words));
         let mut gradients = Scratch::<W>::take(all * layout.gradients(words));
         let (to_inputs, to_gradients) = (&Output::new(&mut inputs), &Output::new(&mut gradients));
-        (0..words.div_ceil(BLOCK_WORDS)).into_par_iter().for_each(|block| {
+        for_each(words.div_ceil(BLOCK_WORDS), |block| {
             let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
             let (tiles, grid) = (tiles.clone(), TileGrid::new(shape, M));
             let (inputs, gradients) = (to_inputs, to_gradients);
@@ -120,7 +121,7 @@ impl<W: Float, const M: usize> Sums<W, M> {
     /// [`Sums::finish`] of all.
     pub(super) fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
         let Layout { panels, width, .. } = self.layout;
-        (0..self.o * panels).into_par_iter().for_each(|i| {
+        for_each(self.o * panels, |i| {
             let (filter, panel) = (i / panels, i % panels);
             self.finish(&sums[(panel * self.o + filter) * width..], self.position_len()[0], [filter, panel], out);
         });
