@@ -5,8 +5,8 @@
 //! the layer. So whoever shares out a loop looks for its end for a while before it sleeps ([`for_each`]), and during a forward
 //! pass or a training step the other threads look for the next loop ([`on_a_worker`]).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a thread looks for work, or for the end of it, before it sleeps.
@@ -18,6 +18,15 @@ const LOOKS: usize = 64;
 /// loop of so many: what it computed in the last one may still be in its cache.
 pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync) {
     share_out(tasks, &work);
+}
+
+/// Calls `work` with every item and its number, as [`for_each`] does with numbers alone.
+pub fn for_each_of<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(usize, T) + Sync) {
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    for_each(items.len(), |i| {
+        let item = items[i].lock().expect("nobody panics while taking an item").take();
+        work(i, item.expect("an item is taken once"));
+    });
 }
 
 type Work<'a> = &'a (dyn Fn(usize) + Sync);
@@ -164,6 +173,17 @@ mod tests {
                     "{tasks} tasks on {threads} threads"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn every_item_is_taken_with_its_number() {
+        for threads in [1, 2, 5] {
+            let mut values = [0; 10];
+            on_threads(threads, || {
+                for_each_of(values.chunks_mut(3), |i, chunk| chunk.iter_mut().for_each(|value| *value += 1 + i));
+            });
+            assert_eq!(values, [1, 1, 1, 2, 2, 2, 3, 3, 3, 4], "{threads} threads");
         }
     }
 

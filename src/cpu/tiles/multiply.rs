@@ -8,7 +8,7 @@
 use super::super::float::Float;
 use super::super::gather::Gather;
 use super::super::gemm::{Epilogue, Output};
-use super::super::parallel::for_each;
+use super::super::parallel::for_each_of;
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
@@ -90,18 +90,12 @@ impl Product {
             return;
         }
         let c = Output::new(c);
-        let jobs = self.jobs(b);
-        for_each(jobs.len(), |job| {
-            let (part, panels) = jobs[job].clone();
-            match b.parts {
-                1 => dispatch(
-                    isa,
-                    Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData },
-                ),
-                _ => dispatch(
-                    isa,
-                    Job::<U, T, 2> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData },
-                ),
+        for_each_of(self.jobs(b), |_, (part, panels)| match b.parts {
+            1 => {
+                dispatch(isa, Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
+            }
+            _ => {
+                dispatch(isa, Job::<U, T, 2> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
             }
         });
     }

@@ -14,11 +14,10 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
-use crate::cpu::parallel::for_each;
+use crate::cpu::parallel::{for_each, for_each_of};
 use crate::cpu::pool::{PoolShape, max_pool_row};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -129,27 +128,29 @@ pub fn forward_max_pool<T: Float, W: Float>(
     // Where tasks meet, rows that both need are computed twice.
     let parts = rayon::current_num_threads().div_ceil(shape.n.max(1)).min(windows.div_ceil(ROWS / 2)).max(1);
     let part = windows.div_ceil(parts);
-    y.par_chunks_mut(windows * row_len).enumerate().for_each(|(image, y)| {
-        y.par_chunks_mut(part * row_len).enumerate().for_each(|(i, y)| {
-            // Rows of the convolution that are there, from the first that is still needed on.
-            let mut kept = Scratch::<T>::take((ROWS + pooling.kernel) * ow * shape.o);
-            let mut there = 0..0;
-            let end = pooling.rows((i * part + part).min(windows) - 1).end;
-            for (row, y) in (i * part..).zip(y.chunks_exact_mut(row_len)) {
-                let needed = pooling.rows(row);
-                while there.end < needed.end {
-                    let done = needed.start.min(there.end) - there.start;
-                    kept.copy_within(done * ow * shape.o..there.len() * ow * shape.o, 0);
-                    let start = there.end.max(needed.start);
-                    let rows = start..end.min(start + ROWS);
-                    there = needed.start..rows.end;
-                    let before = (image * oh + there.start) * ow * shape.o;
-                    let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(&mut kept));
-                    dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
-                }
-                max_pool_row(&kept[(needed.start - there.start) * ow * shape.o..], pooling, row, y);
+    let pieces = y
+        .chunks_mut(windows * row_len)
+        .enumerate()
+        .flat_map(|(image, y)| y.chunks_mut(part * row_len).enumerate().map(move |(i, y)| (image, i * part, y)));
+    for_each_of(pieces, |_, (image, first, y)| {
+        // Rows of the convolution that are there, from the first that is still needed on.
+        let mut kept = Scratch::<T>::take((ROWS + pooling.kernel) * ow * shape.o);
+        let mut there = 0..0;
+        let end = pooling.rows((first + part).min(windows) - 1).end;
+        for (row, y) in (first..).zip(y.chunks_exact_mut(row_len)) {
+            let needed = pooling.rows(row);
+            while there.end < needed.end {
+                let done = needed.start.min(there.end) - there.start;
+                kept.copy_within(done * ow * shape.o..there.len() * ow * shape.o, 0);
+                let start = there.end.max(needed.start);
+                let rows = start..end.min(start + ROWS);
+                there = needed.start..rows.end;
+                let before = (image * oh + there.start) * ow * shape.o;
+                let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(&mut kept));
+                dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
             }
-        });
+            max_pool_row(&kept[(needed.start - there.start) * ow * shape.o..], pooling, row, y);
+        }
     });
 }
 

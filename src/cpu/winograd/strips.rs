@@ -17,7 +17,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, narrowed};
-use crate::cpu::parallel::for_each;
+use crate::cpu::parallel::{for_each, for_each_of};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -160,17 +160,15 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     for parts in parts.chunks(parts_of_group.max(1)) {
         let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
         let to: Vec<Output<W>> = inputs.iter_mut().map(|inputs| Output::new(inputs)).collect();
-        let pieces: Vec<(usize, Range<usize>, Range<usize>)> = channels
+        let pieces = channels
             .iter()
             .filter(|channels| !channels.is_empty())
             .flat_map(|channels| parts.iter().enumerate().map(move |(i, part)| (i, part.places.len(), channels)))
             .flat_map(|(i, tiles, channels)| {
                 let starts = (0..tiles).step_by(TOGETHER);
                 starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
-            })
-            .collect();
-        for_each(pieces.len(), |piece| {
-            let (i, tiles, channels) = pieces[piece].clone();
+            });
+        for_each_of(pieces, |_, (i, tiles, channels)| {
             let (part, to) = (&parts[i], &to[i]);
             let layout = layout(part);
             dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, channels, to, layout });
