@@ -162,12 +162,16 @@ mod tests {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(body)
     }
 
+    fn add(count: &AtomicUsize, more: usize) {
+        count.fetch_add(more, Ordering::Relaxed);
+    }
+
     #[test]
     fn every_task_runs_once() {
         for threads in [1, 2, 3, 5] {
             for tasks in [0, 1, 2, 3, 7, 100] {
                 let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                on_threads(threads, || for_each(tasks, |i| drop(runs[i].fetch_add(1, Ordering::Relaxed))));
+                on_threads(threads, || for_each(tasks, |i| add(&runs[i], 1)));
                 assert!(
                     runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1),
                     "{tasks} tasks on {threads} threads"
@@ -190,7 +194,7 @@ mod tests {
     #[test]
     fn loops_within_loops_and_from_outside_end() {
         let count = AtomicUsize::new(0);
-        let nested = || for_each(5, |_| for_each(7, |_| drop(count.fetch_add(1, Ordering::Relaxed))));
+        let nested = || for_each(5, |_| for_each(7, |_| add(&count, 1)));
         nested();
         on_a_worker(|| (0..100).for_each(|_| nested()));
         on_threads(3, || on_a_worker(nested));
@@ -217,7 +221,7 @@ mod tests {
                     for _ in 0..50 {
                         let sum = on_a_worker(|| {
                             let sum = AtomicUsize::new(0);
-                            for_each(9, |i| drop(sum.fetch_add(i, Ordering::Relaxed)));
+                            for_each(9, |i| add(&sum, i));
                             sum.into_inner()
                         });
                         assert_eq!(sum, 36);
