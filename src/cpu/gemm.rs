@@ -9,17 +9,22 @@
 //!
 //! Depth is counted in words of 32 bits: an f32, or a pair of bf16 ([`Float`]).
 
-use super::float::{Float, convert};
+mod epilogue;
+mod packed;
+mod tile;
+
+use super::float::Float;
 use super::gather::Gather;
 use super::parallel::for_each;
-use super::simd::{Isa, Simd, Task, dispatch};
+use super::simd::{Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use rayon::prelude::*;
-use std::borrow::Cow;
+pub use epilogue::Epilogue;
+pub(super) use epilogue::Output;
+pub use packed::PackedB;
+pub(super) use packed::narrowed;
 use std::ops::Range;
+pub(super) use tile::{TILE_ROWS, Tile};
 
-/// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
-pub(super) const TILE_ROWS: usize = 6;
 /// Columns that take a block of depth before the next block: one panel or more.
 const COLUMNS: usize = 64;
 /// Words of a panel's block of depth: 128 rows of 64 columns fill 32 KiB of L1.
@@ -30,155 +35,6 @@ const MAX_DEPTH: usize = 256;
 const BLOCK_ROWS: usize = 192;
 /// Fewer row blocks than this, and the panels become tasks of their own.
 const FEW_BLOCKS: usize = 16;
-/// Rows of B that are packed together, so that what they write stays in L1.
-const PACK_ROWS: usize = 64;
-
-/// The right side of a product, `[depth, columns]`, packed in panels: `[panel][word][tile columns][value of the word]`,
-/// zero-padded.
-pub struct PackedB<T = f32> {
-    isa: Isa,
-    /// In values, a multiple of a word's.
-    depth: usize,
-    columns: usize,
-    panels: Scratch<T>,
-}
-
-/// Filters as the type of activations.
-pub(super) fn narrowed<T: Float>(x: &[f32]) -> Cow<'_, [T]> {
-    if T::PER_WORD == 1 {
-        return Cow::Borrowed(bytemuck::cast_slice(x));
-    }
-    let mut narrow = vec![T::default(); x.len()];
-    convert(x, &mut narrow);
-    Cow::Owned(narrow)
-}
-
-/// A run of `run` values of the depth, in whole words.
-fn padded_run<T: Float>(run: usize) -> usize {
-    run.next_multiple_of(T::PER_WORD)
-}
-
-impl<T: Float> PackedB<T> {
-    /// `copy(columns, width, out)` fills the panel of some columns.
-    fn pack(isa: Isa, depth: usize, columns: usize, copy: impl Fn(Range<usize>, usize, &mut [T]) + Sync) -> Self {
-        let width = isa.tile_columns();
-        let mut panels = Scratch::take(columns.div_ceil(width) * depth * width);
-        if depth > 0 {
-            panels.par_chunks_mut(depth * width).enumerate().for_each(|(panel, out)| {
-                copy(panel * width..columns.min((panel + 1) * width), width, out);
-            });
-        }
-        PackedB { isa, depth, columns, panels }
-    }
-
-    /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`. The
-    /// depth consists of runs of `run` values, each of which begins with a new word.
-    pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize, run: usize) -> Self {
-        let b = &*narrowed::<T>(b);
-        assert!(b.len() == depth * columns && depth.is_multiple_of(run.max(1)));
-        let padded = padded_run::<T>(run);
-        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
-            if padded != run || range.len() < width {
-                out.fill(T::default());
-            }
-            for start in (0..depth).step_by(PACK_ROWS) {
-                for (i, column) in range.clone().enumerate() {
-                    let values = &b[column * depth..][start..depth.min(start + PACK_ROWS)];
-                    for (k, &value) in (start..).zip(values) {
-                        let k = if padded == run { k } else { k / run * padded + k % run };
-                        out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = value;
-                    }
-                }
-            }
-        })
-    }
-
-    /// From rows of `columns` contiguous values, in runs of `run`; row `k` begins at `start(k)` in `b`.
-    pub fn from_rows(
-        isa: Isa,
-        b: &[f32],
-        depth: usize,
-        columns: usize,
-        run: usize,
-        start: impl Fn(usize) -> usize + Sync,
-    ) -> Self {
-        assert!(depth.is_multiple_of(run.max(1)));
-        let b = &*narrowed::<T>(b);
-        let padded = padded_run::<T>(run);
-        let nothing = vec![T::default(); columns];
-        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
-            // Row `k` counts the padding, of which there is at most one row at the end of a run.
-            let row = |k: usize| match k % padded < run {
-                true => &b[start(k / padded * run + k % padded)..][..columns][range.clone()],
-                false => &nothing[range.clone()],
-            };
-            for (word, out) in out.chunks_exact_mut(width * T::PER_WORD).enumerate() {
-                let (values, rest) = out.split_at_mut(range.len() * T::PER_WORD);
-                let first = word * T::PER_WORD;
-                T::interleave(&[row(first), row(first + T::PER_WORD - 1)], values);
-                rest.fill(T::default());
-            }
-        })
-    }
-
-    /// The rows of a panel, `[depth in words][tile columns]`.
-    pub(super) fn panel(&self, panel: usize) -> &[T] {
-        let len = self.depth * self.isa.tile_columns();
-        &self.panels[panel * len..][..len]
-    }
-
-    /// Number of columns.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-}
-
-/// What happens to a finished element of C: `relu(c + bias[column] + residual)`.
-#[derive(Clone, Copy)]
-pub struct Epilogue<'a, T = f32> {
-    /// One value for each column.
-    pub bias: Option<&'a [f32]>,
-    /// As C.
-    pub residual: Option<&'a [T]>,
-    /// Whether negative results become zero.
-    pub relu: bool,
-}
-
-impl<T: Float> Epilogue<'_, T> {
-    /// Panics unless it fits a result of `columns` columns and `values` values.
-    pub(super) fn check(&self, columns: usize, values: usize) {
-        assert!(self.bias.is_none_or(|bias| bias.len() == columns), "one bias a column");
-        assert!(self.residual.is_none_or(|residual| residual.len() == values), "the residual is shaped as the result");
-    }
-
-    /// Finishes a vector of sums and stores it at `c[at..]`; `bias` is that of its columns.
-    ///
-    /// # Safety
-    /// `c` is valid for writing a vector at `at`, and the residual as long as `c`.
-    #[inline(always)]
-    pub(super) unsafe fn store<S: Simd>(&self, simd: S, mut sum: S::V, bias: Option<S::V>, c: *mut T, at: usize) {
-        // SAFETY: the contract.
-        unsafe {
-            if let Some(bias) = bias {
-                sum = simd.add(sum, bias);
-            }
-            if let Some(residual) = self.residual {
-                sum = simd.add(sum, T::load(simd, residual.as_ptr().add(at)));
-            }
-            if self.relu {
-                sum = simd.relu(sum);
-            }
-            T::store(simd, c.add(at), sum);
-        }
-    }
-}
-
-impl<T> Default for Epilogue<'_, T> {
-    fn default() -> Self {
-        Epilogue { bias: None, residual: None, relu: false }
-    }
-}
-
 /// `target rows of c = epilogue(rows of a through gather, times b)`. `c` is `[target rows, columns]`; rows that the gather
 /// does not name are left alone. Runs of the gather are whole words.
 pub fn multiply<T: Float>(a: &[T], gather: &Gather, b: &PackedB<T>, c: &mut [T], epilogue: Epilogue<T>) {
@@ -203,22 +59,6 @@ pub fn multiply<T: Float>(a: &[T], gather: &Gather, b: &PackedB<T>, c: &mut [T],
         let panels = first..(first + group).min(panels);
         dispatch(b.isa, Block { a, gather, b, c: &out, epilogue, rows, panels });
     });
-}
-
-/// The result, shared by tasks that write disjoint parts of it.
-pub(super) struct Output<T>(*mut T);
-// SAFETY: each task of a product or a convolution writes its own rows and panels alone.
-unsafe impl<T> Sync for Output<T> {}
-
-impl<T> Output<T> {
-    /// The tasks must be over before `result` is used again.
-    pub(super) fn new(result: &mut [T]) -> Self {
-        Output(result.as_mut_ptr())
-    }
-
-    pub(super) fn pointer(&self) -> *mut T {
-        self.0
-    }
 }
 
 /// Some rows and some panels of a product.
@@ -301,7 +141,7 @@ impl<T: Float> Task for Block<'_, T> {
                             words,
                             first: block.words.start,
                             b: b_block.as_ptr().cast(),
-                            c: c.0,
+                            c: c.pointer(),
                             targets: &targets[tile],
                             rows: TILE_ROWS.min(rows.len() - tile * TILE_ROWS),
                             column,
@@ -319,191 +159,4 @@ impl<T: Float> Task for Block<'_, T> {
             }
         }
     }
-}
-
-/// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
-pub(super) struct Tile<'a, T> {
-    /// For each run, where each of the rows has it; past the last row anything readable.
-    pub(super) runs: &'a [[*const f32; TILE_ROWS]],
-    pub(super) words: usize,
-    /// The first word of a run.
-    pub(super) first: usize,
-    pub(super) b: *const f32,
-    pub(super) c: *mut T,
-    pub(super) targets: &'a [usize; TILE_ROWS],
-    pub(super) rows: usize,
-    pub(super) column: usize,
-    pub(super) columns: usize,
-    /// Sums to go on from, a full tile of them.
-    pub(super) before: Option<*mut f32>,
-    /// Where sums are left for the next block of depth; after the last one the result goes to `c`.
-    pub(super) after: Option<*mut f32>,
-    pub(super) epilogue: Epilogue<'a, T>,
-}
-
-impl<'a, T: Float> Tile<'a, T> {
-    /// A tile that goes through all `words` of a run and leaves its sums.
-    #[inline(always)]
-    pub(super) fn of_sums(
-        runs: &'a [[*const f32; TILE_ROWS]],
-        words: usize,
-        b: &[T],
-        [rows, columns]: [usize; 2],
-        sums: *mut f32,
-    ) -> Self {
-        Tile {
-            runs,
-            words,
-            first: 0,
-            b: b.as_ptr().cast(),
-            c: std::ptr::null_mut(),
-            targets: &[0; TILE_ROWS],
-            rows,
-            column: 0,
-            columns,
-            before: None,
-            after: Some(sums),
-            epilogue: Epilogue::default(),
-        }
-    }
-
-    /// Chooses the kernel for the rows and the vectors that the columns need.
-    ///
-    /// # Safety
-    /// As for [`Tile::micro_kernel`].
-    #[inline(always)]
-    pub(super) unsafe fn compute<S: Simd>(&self, simd: S) {
-        // SAFETY: passed on.
-        unsafe {
-            match self.rows {
-                ..=2 => self.compute_rows::<S, 2>(simd),
-                3..=4 => self.compute_rows::<S, 4>(simd),
-                _ => self.compute_rows::<S, TILE_ROWS>(simd),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As for [`Tile::micro_kernel`].
-    #[inline(always)]
-    unsafe fn compute_rows<S: Simd, const R: usize>(&self, simd: S) {
-        // SAFETY: passed on; every narrower kernel reads the same rows of B and fewer of their columns.
-        unsafe {
-            match self.columns.div_ceil(S::LANES) {
-                1 => self.micro_kernel::<S, R, 1>(simd),
-                2 => self.micro_kernel::<S, R, 2>(simd),
-                3 => self.micro_kernel::<S, R, 3>(simd),
-                _ => self.micro_kernel::<S, R, 4>(simd),
-            }
-        }
-    }
-
-    /// # Safety
-    /// Each pointer of `runs` is readable for `words` words of any alignment from `first` on, `b` for as many rows of
-    /// the full tile's width, `before` and `after` for a full tile, and `targets + column` for `columns` values of `c`, which
-    /// nothing else touches meanwhile.
-    #[inline(always)]
-    unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S) {
-        let width = S::LANES * S::VECTORS;
-        let mut sums = [[simd.splat(0.0); V]; R];
-        if let Some(before) = self.before {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: a full tile of sums.
-                    *sum = unsafe { simd.load(before.add(r * width + v * S::LANES)) };
-                }
-            }
-        }
-        let mut b = self.b;
-        for pointers in self.runs {
-            let pointers = *pointers;
-            let (mut at, end) = (self.first, self.first + self.words);
-            while at < end {
-                // SAFETY: the contract above.
-                let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
-                for r in 0..R {
-                    // SAFETY: the contract above.
-                    let a = simd.splat(unsafe { pointers[r].add(at).read_unaligned() });
-                    for v in 0..V {
-                        sums[r][v] = T::multiply_words(simd, a, b_row[v], sums[r][v]);
-                    }
-                }
-                // SAFETY: one row further within B, or one past its end.
-                b = unsafe { b.add(width) };
-                at += 1;
-            }
-        }
-        // Through memory, so that nothing below asks for a register by its number: the sums would not be kept in registers
-        // above either.
-        let mut room = std::mem::MaybeUninit::<[f32; TILE_ROWS * 64]>::uninit();
-        let after = self.after.unwrap_or(room.as_mut_ptr().cast());
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                // SAFETY: a full tile of sums, or the room for the widest.
-                unsafe { simd.store(after.add(r * width + v * S::LANES), *sum) };
-            }
-        }
-        if self.after.is_some() {
-            return;
-        }
-        for (r, target) in self.targets.iter().enumerate().take(self.rows) {
-            let at = target + self.column;
-            // SAFETY: the row's `V` vectors have just been stored, here as there is no other place for them.
-            let sums = unsafe { std::slice::from_raw_parts(after.add(r * width), V * S::LANES) };
-            // SAFETY: `columns` values from there are ours; the residual is as long as C; the buffers hold the widest tile.
-            unsafe {
-                let residual = self.epilogue.residual.map(|x| x.as_ptr().add(at));
-                if self.columns == V * S::LANES {
-                    self.finish::<S, V>(simd, sums, self.c.add(at), residual);
-                    continue;
-                }
-                // A last panel that does not fill its vectors goes through buffers that do.
-                let (mut c_row, mut residual_row) = ([T::default(); 64], [T::default(); 64]);
-                let residual = residual.map(|residual| {
-                    std::ptr::copy_nonoverlapping(residual, residual_row.as_mut_ptr(), self.columns);
-                    residual_row.as_ptr()
-                });
-                self.finish::<S, V>(simd, sums, c_row.as_mut_ptr(), residual);
-                std::ptr::copy_nonoverlapping(c_row.as_ptr(), self.c.add(at), self.columns);
-            }
-        }
-    }
-
-    /// Applies the epilogue to a row of the tile and stores it.
-    ///
-    /// # Safety
-    /// `c` and `residual` are valid for `V * LANES` values.
-    #[inline(always)]
-    unsafe fn finish<S: Simd, const V: usize>(&self, simd: S, sums: &[f32], c: *mut T, residual: Option<*const T>) {
-        for at in (0..V * S::LANES).step_by(S::LANES) {
-            // SAFETY: the contract above; a bias has as many values as C has columns.
-            unsafe {
-                let mut sum = simd.load(sums[at..at + S::LANES].as_ptr());
-                if let Some(bias) = self.epilogue.bias {
-                    sum = simd.add(sum, load_bias(simd, &bias[self.column..], at));
-                }
-                if let Some(residual) = residual {
-                    sum = simd.add(sum, T::load(simd, residual.add(at)));
-                }
-                if self.epilogue.relu {
-                    sum = simd.relu(sum);
-                }
-                T::store(simd, c.add(at), sum);
-            }
-        }
-    }
-}
-
-/// A vector of `bias` from `at` on, zero past its end.
-#[inline(always)]
-fn load_bias<S: Simd>(simd: S, bias: &[f32], at: usize) -> S::V {
-    let rest = &bias[at.min(bias.len())..];
-    if rest.len() >= S::LANES {
-        // SAFETY: just checked.
-        return unsafe { simd.load(rest.as_ptr()) };
-    }
-    let mut padded = [0.0; 64];
-    padded[..rest.len()].copy_from_slice(rest);
-    // SAFETY: 64 floats are at least a vector.
-    unsafe { simd.load(padded.as_ptr()) }
 }

@@ -231,6 +231,12 @@ const fn positions_of<W: Float>([first, count]: [usize; 2], stride: usize) -> [u
     positions
 }
 
+/// Of the lines of a word's taps, how many rows before `row` of `rows` ask for, and how many it does.
+const fn lines_of(row: usize, rows: usize) -> [usize; 2] {
+    let start = row * TAPS * TAPS / rows;
+    [start, (row + 1) * TAPS * TAPS / rows - start]
+}
+
 /// Some words of input channels at a slot down.
 struct Product<W> {
     /// `[word][tap]`, vectors of words.
@@ -343,12 +349,14 @@ impl<W: Float> Product<W> {
             let taps = self.taps.wrapping_add(word * TAPS * TAPS * tap_len);
             let inputs = self.inputs.wrapping_add(word * self.step);
             if PART == 0 {
-                // The rows of the filters' values share the lines of the words that come next.
-                let ahead = taps.wrapping_add(self.words * TAPS * TAPS * tap_len);
-                let values = const { values::<W>(STRIDE) };
-                unrolled!(TAP => {
-                    if TAP % values == ROW {
-                        simd.prefetch_near(ahead.wrapping_add(TAP * tap_len).cast());
+                // The rows of the filters' values share the lines of the words that come next, which they ask for one after the other:
+                // so the memory asks for others ahead itself.
+                let [before, lines] = const { lines_of(ROW, values::<W>(STRIDE)) };
+                let first = (self.words * (TAPS * TAPS + before) + (word * lines)) * tap_len;
+                let ahead = self.taps.wrapping_add(first);
+                unrolled!(LINE => {
+                    if LINE < lines {
+                        simd.prefetch_near(ahead.wrapping_add(LINE * tap_len).cast());
                     }
                 });
             }

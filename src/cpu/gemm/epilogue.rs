@@ -1,0 +1,73 @@
+//! What a product or a convolution does with its sums, and where it puts them.
+
+use crate::cpu::float::Float;
+use crate::cpu::simd::Simd;
+
+/// What happens to a finished element of C: `relu(c + bias[column] + residual)`.
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a, T = f32> {
+    /// One value for each column.
+    pub bias: Option<&'a [f32]>,
+    /// As C.
+    pub residual: Option<&'a [T]>,
+    /// Whether negative results become zero.
+    pub relu: bool,
+}
+
+impl<T: Float> Epilogue<'_, T> {
+    /// Panics unless it fits a result of `columns` columns and `values` values.
+    pub(in crate::cpu) fn check(&self, columns: usize, values: usize) {
+        assert!(self.bias.is_none_or(|bias| bias.len() == columns), "one bias a column");
+        assert!(self.residual.is_none_or(|residual| residual.len() == values), "the residual is shaped as the result");
+    }
+
+    /// Finishes a vector of sums and stores it at `c[at..]`; `bias` is that of its columns.
+    ///
+    /// # Safety
+    /// `c` is valid for writing a vector at `at`, and the residual as long as `c`.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn store<S: Simd>(
+        &self,
+        simd: S,
+        mut sum: S::V,
+        bias: Option<S::V>,
+        c: *mut T,
+        at: usize,
+    ) {
+        // SAFETY: the contract.
+        unsafe {
+            if let Some(bias) = bias {
+                sum = simd.add(sum, bias);
+            }
+            if let Some(residual) = self.residual {
+                sum = simd.add(sum, T::load(simd, residual.as_ptr().add(at)));
+            }
+            if self.relu {
+                sum = simd.relu(sum);
+            }
+            T::store(simd, c.add(at), sum);
+        }
+    }
+}
+
+impl<T> Default for Epilogue<'_, T> {
+    fn default() -> Self {
+        Epilogue { bias: None, residual: None, relu: false }
+    }
+}
+
+/// The result, shared by tasks that write disjoint parts of it.
+pub(in crate::cpu) struct Output<T>(*mut T);
+// SAFETY: each task of a product or a convolution writes its own rows and panels alone.
+unsafe impl<T> Sync for Output<T> {}
+
+impl<T> Output<T> {
+    /// The tasks must be over before `result` is used again.
+    pub(in crate::cpu) fn new(result: &mut [T]) -> Self {
+        Output(result.as_mut_ptr())
+    }
+
+    pub(in crate::cpu) fn pointer(&self) -> *mut T {
+        self.0
+    }
+}
