@@ -26,26 +26,39 @@ impl<T: Float> Epilogue<'_, T> {
     /// # Safety
     /// `c` is valid for writing a vector at `at`, and the residual as long as `c`.
     #[inline(always)]
-    pub(in crate::cpu) unsafe fn store<S: Simd>(
+    pub(in crate::cpu) unsafe fn store<S: Simd>(&self, simd: S, sum: S::V, bias: Option<S::V>, c: *mut T, at: usize) {
+        // SAFETY: the contract.
+        unsafe {
+            let residual = self.residual.map(|residual| residual.as_ptr().add(at));
+            self.store_from(simd, sum, bias, residual, c.add(at));
+        }
+    }
+
+    /// [`Epilogue::store`] at `c`, with the residual's values from `residual` on, if there is one.
+    ///
+    /// # Safety
+    /// `c` is valid for writing a vector, `residual` for reading one.
+    #[inline(always)]
+    pub(super) unsafe fn store_from<S: Simd>(
         &self,
         simd: S,
         mut sum: S::V,
         bias: Option<S::V>,
+        residual: Option<*const T>,
         c: *mut T,
-        at: usize,
     ) {
         // SAFETY: the contract.
         unsafe {
             if let Some(bias) = bias {
                 sum = simd.add(sum, bias);
             }
-            if let Some(residual) = self.residual {
-                sum = simd.add(sum, T::load(simd, residual.as_ptr().add(at)));
+            if let Some(residual) = residual {
+                sum = simd.add(sum, T::load(simd, residual));
             }
             if self.relu {
                 sum = simd.relu(sum);
             }
-            T::store(simd, c.add(at), sum);
+            T::store(simd, c, sum);
         }
     }
 }

@@ -164,17 +164,9 @@ impl<'a, T: Float> Tile<'a, T> {
         for at in (0..V * S::LANES).step_by(S::LANES) {
             // SAFETY: the contract above; a bias has as many values as C has columns.
             unsafe {
-                let mut sum = simd.load(sums[at..at + S::LANES].as_ptr());
-                if let Some(bias) = self.epilogue.bias {
-                    sum = simd.add(sum, load_bias(simd, &bias[self.column..], at));
-                }
-                if let Some(residual) = residual {
-                    sum = simd.add(sum, T::load(simd, residual.add(at)));
-                }
-                if self.epilogue.relu {
-                    sum = simd.relu(sum);
-                }
-                T::store(simd, c.add(at), sum);
+                let sum = simd.load(sums[at..at + S::LANES].as_ptr());
+                let bias = self.epilogue.bias.map(|bias| load_bias(simd, &bias[self.column..], at));
+                self.epilogue.store_from(simd, sum, bias, residual.map(|residual| residual.add(at)), c.add(at));
             }
         }
     }
