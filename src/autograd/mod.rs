@@ -10,6 +10,7 @@ mod gradients;
 
 pub use gradients::Gradients;
 
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::tensor::{Tensor, TensorId};
 use std::cell::Cell;
@@ -71,13 +72,24 @@ pub fn is_enabled() -> bool {
 
 /// Runs `body` without recording anything.
 pub fn no_grad<R>(body: impl FnOnce() -> R) -> R {
+    recording_if(false, body)
+}
+
+/// Runs `body` on one of the threads that compute, as [`cpu::parallel::on_a_worker`] does, recorded as it would be on this thread.
+pub(crate) fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    let recording = is_enabled();
+    cpu::parallel::on_a_worker(|| recording_if(recording, body))
+}
+
+/// Runs `body`, recorded or not, whatever is usual on this thread: it may be another than that of whoever decides.
+pub(crate) fn recording_if<R>(recording: bool, body: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
             ENABLED.set(self.0);
         }
     }
-    let _restore = Restore(ENABLED.replace(false));
+    let _restore = Restore(ENABLED.replace(recording));
     body()
 }
 

@@ -2,9 +2,8 @@
 
 use super::layers::{BatchNorm2d, ConvBn, Linear};
 use super::parameter::Parameter;
-use crate::autograd;
+use crate::autograd::{self, on_a_worker, recording_if};
 use crate::cpu::conv::ConvShape;
-use crate::cpu::parallel::on_a_worker;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
 use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
@@ -369,9 +368,8 @@ fn of(stages: Range<Stage>) -> impl Iterator<Item = Stage> {
 
 /// Runs `body`, which computes with `x`, where its device is best used from.
 fn computing<R: Send>(x: &Tensor, body: impl FnOnce() -> R + Send) -> R {
-    let recording = autograd::is_enabled();
     match x.device() {
-        Device::Cpu => on_a_worker(|| recording_if(recording, body)),
+        Device::Cpu => on_a_worker(body),
         Device::Cuda => body(),
     }
 }
@@ -379,11 +377,6 @@ fn computing<R: Send>(x: &Tensor, body: impl FnOnce() -> R + Send) -> R {
 /// Pictures of a batch.
 fn pictures_of(x: &Tensor) -> usize {
     x.dims().first().copied().unwrap_or_default()
-}
-
-/// Runs `body` on a thread that may be another than the caller's, which says whether it is recorded.
-fn recording_if<R>(recording: bool, body: impl FnOnce() -> R) -> R {
-    if recording { body() } else { autograd::no_grad(body) }
 }
 
 fn check_images(images: &Tensor) -> Result<()> {
