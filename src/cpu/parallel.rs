@@ -20,12 +20,12 @@ pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync) {
     share_out(tasks, &work);
 }
 
-/// Calls `work` with every item and its number, as [`for_each`] does with numbers alone.
-pub fn for_each_of<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(usize, T) + Sync) {
+/// Calls `work` with every item, as [`for_each`] does with numbers.
+pub fn for_each_of<T: Send>(items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
     for_each(items.len(), |i| {
         let item = items[i].lock().expect("nobody panics while taking an item").take();
-        work(i, item.expect("an item is taken once"));
+        work(item.expect("an item is taken once"));
     });
 }
 
@@ -181,11 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn every_item_is_taken_with_its_number() {
+    fn every_item_is_taken_once() {
         for threads in [1, 2, 5] {
             let mut values = [0; 10];
             on_threads(threads, || {
-                for_each_of(values.chunks_mut(3), |i, chunk| chunk.iter_mut().for_each(|value| *value += 1 + i));
+                let chunks = values.chunks_mut(3).enumerate();
+                for_each_of(chunks, |(i, chunk)| chunk.iter_mut().for_each(|value| *value += 1 + i));
             });
             assert_eq!(values, [1, 1, 1, 2, 2, 2, 3, 3, 3, 4], "{threads} threads");
         }

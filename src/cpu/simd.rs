@@ -105,7 +105,7 @@ impl Isa {
         matches!(self, Isa::Amx | Isa::AmxEmulated)
     }
 
-    /// Whether an instruction multiplies pairs of bf16, in the time of an f32.
+    /// Whether an instruction multiplies pairs of bf16, and is used.
     pub fn multiplies_pairs(self) -> bool {
         self.vectors() == Isa::Avx512Bf16
     }

@@ -90,7 +90,7 @@ impl Product {
             return;
         }
         let c = Output::new(c);
-        for_each_of(self.jobs(b), |_, (part, panels)| match b.parts {
+        for_each_of(self.jobs(b), |(part, panels)| match b.parts {
             1 => {
                 dispatch(isa, Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
             }

@@ -352,7 +352,7 @@ impl<W: Float> Product<W> {
                 // The rows of the filters' values share the lines of the words that come next, which they ask for one after the other:
                 // so the memory asks for others ahead itself.
                 let [before, lines] = const { lines_of(ROW, values::<W>(STRIDE)) };
-                let first = (self.words * (TAPS * TAPS + before) + (word * lines)) * tap_len;
+                let first = (self.words * (TAPS * TAPS + before) + word * lines) * tap_len;
                 let ahead = self.taps.wrapping_add(first);
                 unrolled!(LINE => {
                     if LINE < lines {

@@ -132,7 +132,7 @@ pub fn forward_max_pool<T: Float, W: Float>(
         .chunks_mut(windows * row_len)
         .enumerate()
         .flat_map(|(image, y)| y.chunks_mut(part * row_len).enumerate().map(move |(i, y)| (image, i * part, y)));
-    for_each_of(pieces, |_, (image, first, y)| {
+    for_each_of(pieces, |(image, first, y)| {
         // Rows of the convolution that are there, from the first that is still needed on.
         let mut kept = Scratch::<T>::take((ROWS + pooling.kernel) * ow * shape.o);
         let mut there = 0..0;

@@ -168,7 +168,7 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
                 let starts = (0..tiles).step_by(TOGETHER);
                 starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
             });
-        for_each_of(pieces, |_, (i, tiles, channels)| {
+        for_each_of(pieces, |(i, tiles, channels)| {
             let (part, to) = (&parts[i], &to[i]);
             let layout = layout(part);
             dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, channels, to, layout });
