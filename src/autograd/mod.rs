@@ -168,3 +168,15 @@ impl Tensor {
         Ok(gradients)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_decides_on_recording_is_not_the_thread() {
+        assert!(no_grad(|| recording_if(true, is_enabled)));
+        assert!(!no_grad(|| recording_if(true, || no_grad(is_enabled))));
+        assert!(!no_grad(|| on_a_worker(is_enabled)) && on_a_worker(is_enabled) && is_enabled());
+    }
+}
