@@ -23,7 +23,7 @@ pub(super) use epilogue::Output;
 pub use packed::PackedB;
 pub(super) use packed::narrowed;
 use std::ops::Range;
-pub(super) use tile::{TILE_ROWS, Tile};
+pub(super) use tile::{Far, Near, Stream, TILE_ROWS, Tile};
 
 /// Columns that take a block of depth before the next block: one panel or more.
 const COLUMNS: usize = 64;
@@ -149,6 +149,7 @@ impl<T: Float> Task for Block<'_, T> {
                             before: (i > 0).then_some(sums),
                             after: (i + 1 < blocks.len()).then_some(sums),
                             epilogue,
+                            ahead: (),
                         };
                         // SAFETY: `runs` are readable for all words of a run and `b` for all of the block's times the tile's
                         // width, as checked above; there is more than one block where sums are kept, and room for a tile of

@@ -7,8 +7,65 @@ use crate::cpu::simd::Simd;
 /// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
 pub(in crate::cpu) const TILE_ROWS: usize = 6;
 
+/// Some bytes that a later tile needs, of which a tile asks for as many with each word as its words need to come to the end.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Stream {
+    at: *const u8,
+    step: usize,
+}
+
+impl Stream {
+    /// Of `floats` floats, while `words` words are multiplied. They may lie anywhere: nothing is read. Where that is more than a line a
+    /// word, some are left out, which caches that fetch pairs of lines bring nevertheless.
+    #[inline(always)]
+    pub(in crate::cpu) fn new(from: *const f32, floats: usize, words: usize) -> Self {
+        Stream { at: from.cast(), step: (floats * size_of::<f32>()).div_ceil(words.max(1)) }
+    }
+
+    /// What is to be asked for next.
+    #[inline(always)]
+    fn next(&mut self) -> *const f32 {
+        let at = self.at;
+        self.at = at.wrapping_add(self.step);
+        at.cast()
+    }
+}
+
+/// What a tile asks for while it multiplies. Caches foresee little of what comes in short pieces, or all at once after a pause.
+pub(in crate::cpu) trait Ahead: Copy {
+    /// With each word. Mark it `#[inline(always)]`.
+    fn ask<S: Simd>(&mut self, _simd: S) {}
+}
+
+/// Nothing.
+impl Ahead for () {}
+
+/// What the next tile needs, into L1.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Near(pub(in crate::cpu) [Stream; 2]);
+
+impl Ahead for Near {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S) {
+        simd.prefetch_near(self.0[0].next());
+        simd.prefetch_near(self.0[1].next());
+    }
+}
+
+/// What later tiles need, into L2.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Far(pub(in crate::cpu) [Stream; 2]);
+
+impl Ahead for Far {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S) {
+        simd.prefetch(self.0[0].next());
+        simd.prefetch(self.0[1].next());
+    }
+}
+
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
-pub(in crate::cpu) struct Tile<'a, T> {
+pub(in crate::cpu) struct Tile<'a, T, A = ()> {
     /// For each run, where each of the rows has it; past the last row anything readable.
     pub(in crate::cpu) runs: &'a [[*const f32; TILE_ROWS]],
     pub(in crate::cpu) words: usize,
@@ -25,9 +82,10 @@ pub(in crate::cpu) struct Tile<'a, T> {
     /// Where sums are left for the next block of depth; after the last one the result goes to `c`.
     pub(in crate::cpu) after: Option<*mut f32>,
     pub(in crate::cpu) epilogue: Epilogue<'a, T>,
+    pub(in crate::cpu) ahead: A,
 }
 
-impl<'a, T: Float> Tile<'a, T> {
+impl<'a, T: Float, A: Ahead> Tile<'a, T, A> {
     /// A tile that goes through all `words` of a run and leaves its sums.
     #[inline(always)]
     pub(in crate::cpu) fn of_sums(
@@ -36,6 +94,7 @@ impl<'a, T: Float> Tile<'a, T> {
         b: &[T],
         [rows, columns]: [usize; 2],
         sums: *mut f32,
+        ahead: A,
     ) -> Self {
         Tile {
             runs,
@@ -50,6 +109,7 @@ impl<'a, T: Float> Tile<'a, T> {
             before: None,
             after: Some(sums),
             epilogue: Epilogue::default(),
+            ahead,
         }
     }
 
@@ -100,11 +160,12 @@ impl<'a, T: Float> Tile<'a, T> {
                 }
             }
         }
-        let mut b = self.b;
+        let (mut b, mut ahead) = (self.b, self.ahead);
         for pointers in self.runs {
             let pointers = *pointers;
             let (mut at, end) = (self.first, self.first + self.words);
             while at < end {
+                ahead.ask(simd);
                 // SAFETY: the contract above.
                 let b_row: [S::V; V] = std::array::from_fn(|v| unsafe { simd.load(b.add(v * S::LANES)) });
                 for r in 0..R {

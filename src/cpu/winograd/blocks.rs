@@ -11,7 +11,7 @@ use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Far, Output, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -68,6 +68,12 @@ impl<W: Float> BlockFilter<W> {
             dispatch(isa, FilterTransform { taps, out: &out, word, panel: c * width, stride: panels * c * width });
         });
         BlockFilter { isa, panels: packed, c, o }
+    }
+
+    /// Where the panel's filters at the position after `position` begin, if there is one.
+    fn after(&self, position: usize, panel: usize) -> *const f32 {
+        let between = self.panels.len() / values::<W>(1).pow(2);
+        self.panel(position, panel).as_ptr().wrapping_add(between).cast()
     }
 
     fn panel(&self, position: usize, panel: usize) -> &[W] {
@@ -167,7 +173,7 @@ fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: 
     // [tile][position down][position across][channel]
     let tile = across * across * shape.c;
     let mut inputs = Scratch::<W>::take(count * tile);
-    let layout = Layout { row: across * shape.c, slot: shape.c, tile, word: W::PER_WORD };
+    let layout = Layout::of_words(across * shape.c, shape.c, tile, W::PER_WORD);
     let to = &Output::new(&mut inputs);
     dispatch(isa, Inputs::<T, W, 1> { x, shape, part, tiles: 0..count, channels: 0..shape.c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
@@ -209,12 +215,16 @@ impl<W: Float> Task for Panel<'_, W> {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
             let kind = self.part.kind([position / across, position % across]);
-            let groups = self.part.tiles[kind].chunks(TILE_ROWS).zip(runs[kind].chunks_exact(1));
-            for ((tiles, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
-                let words = depth / W::PER_WORD;
-                let extents = [tiles.len(), self.columns];
-                let tile =
-                    Tile { first: position * words, ..Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr()) };
+            let (words, count) = (depth / W::PER_WORD, runs[kind].len());
+            // The filters at the next position: a half of its share by each of two streams.
+            let next = self.filter.after(position, self.panel);
+            let share = (words * width).div_ceil(2 * count.max(1));
+            let groups = self.part.tiles[kind].chunks(TILE_ROWS).zip(runs[kind].chunks_exact(1)).enumerate();
+            for ((i, (tiles, runs)), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
+                let stream = |half: usize| Stream::new(next.wrapping_add((2 * i + half) * share), share, words);
+                let (extents, ahead) = ([tiles.len(), self.columns], Far([stream(0), stream(1)]));
+                let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
+                let tile = Tile { first: position * words, ..tile };
                 // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full
                 // tile of sums.
                 unsafe { tile.compute(simd) };

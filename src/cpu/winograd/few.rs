@@ -80,7 +80,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     let (group, corners) = (group(tiles, phase_slots(axis, 0)), are_corners(part));
     let tile = slots * W::PER_WORD;
     let word = tiles.next_multiple_of(group) * tile;
-    let layout = Layout { row: words * word, slot: W::PER_WORD, tile, word };
+    let layout = Layout::of_words(words * word, W::PER_WORD, tile, word);
     let mut inputs = Scratch::<W>::take(slots * layout.row);
     if STRIDE > 1 {
         // A tile at an edge may have a position, but not all slots that meet there.

@@ -203,7 +203,7 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                 for (start, (runs, sums)) in (0..count).step_by(TILE_ROWS).zip(groups) {
                     let extents = [TILE_ROWS.min(count - start), columns];
                     let first = seen.offset([0, position, 0]) / W::PER_WORD;
-                    let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr()) };
+                    let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr(), ()) };
                     // SAFETY: a tile has its words at every place of every row, and `b` has as many rows as runs have words, as
                     // asserted; there is a full tile of sums.
                     unsafe { tile.compute(simd) };

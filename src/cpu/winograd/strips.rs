@@ -16,7 +16,7 @@ use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile, narrowed};
+use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile, narrowed};
 use crate::cpu::parallel::{for_each, for_each_of};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -153,9 +153,14 @@ fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
     let parts = Part::all(shape, axis::<W>(STRIDE), groups * parts_of_group);
     let strips = shape.o.div_ceil(STRIP);
     let out = Output::new(y);
-    // What a row of positions reads lies together.
-    let tile = spread(slots * shape.c);
-    let layout = |part: &Part| Layout { row: part.places.len() * tile, slot: shape.c, tile, word: W::PER_WORD };
+    // What is multiplied at a slot, some words of all tiles, lies together.
+    let words = shape.c / W::PER_WORD;
+    let tile = words.min(WORDS) * W::PER_WORD;
+    let layout = |part: &Part| {
+        let block = part.places.len() * tile;
+        let slot = spread(words.div_ceil(WORDS) * block);
+        Layout { row: slots * slot, slot, tile, word: W::PER_WORD, block }
+    };
     let channels = if tiles > ONE_PICTURE { [0..shape.c, 0..0] } else { halves(shape.c, filter.isa.lanes()) };
     for parts in parts.chunks(parts_of_group.max(1)) {
         let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
@@ -209,7 +214,7 @@ pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
 
 /// The sums of a strip of channels in all tiles of a part, as [`finish`] takes them.
 struct Strip<'a, W, const STRIDE: usize> {
-    /// `[slot down][tile][slot across][channel]`
+    /// `[slot down][slot across][block of words][tile][word]`
     inputs: &'a [W],
     layout: Layout,
     filter: &'a StripFilter<W>,
@@ -329,25 +334,33 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
             // For each class, where the inputs begin, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
                 let has = has_slot(axis::<W>(STRIDE), down, row) && has_slot(axis::<W>(STRIDE), across, slot);
-                has.then(|| row * layout.row + slot * layout.slot + words.start * W::PER_WORD)
+                has.then(|| row * layout.row + slot * layout.slot + words.start / WORDS * layout.block)
             });
             let first = words.start == 0 && [row, slot] == [i, j];
+            let run = |tile: usize| match starts[part.class_of(tile)] {
+                Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
+                None => ZEROS[..words.len()].as_ptr(),
+            };
             for start in (0..tiles.len()).step_by(TILE_ROWS) {
-                let runs: [[*const f32; TILE_ROWS]; 1] = [std::array::from_fn(|lane| {
-                    let tile = tiles[(start + lane).min(tiles.len() - 1)];
-                    match starts[part.class_of(tile)] {
-                        Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
-                        None => ZEROS[..words.len()].as_ptr(),
-                    }
-                })];
+                let runs: [[*const f32; TILE_ROWS]; 1] =
+                    [std::array::from_fn(|lane| run(tiles[(start + lane).min(tiles.len() - 1)]))];
+                // After the last tiles come the first at the next slot.
+                let next = match tiles.get(start + TILE_ROWS) {
+                    Some(next) => run(*next),
+                    None => run(tiles[0]).wrapping_add(layout.slot / W::PER_WORD),
+                };
                 let sums = sums.chunks_exact_mut(part.room() * width);
                 for ((panel, b), sums) in filters.chunks_exact(depth * width).enumerate().zip(sums) {
                     let sums = sums[start * width..][..TILE_ROWS * width].as_mut_ptr();
                     let extents = [TILE_ROWS.min(tiles.len() - start), width.min(columns - panel * width)];
-                    let tile = Tile {
-                        before: (!first).then_some(sums),
-                        ..Tile::of_sums(&runs, words.len(), b, extents, sums)
-                    };
+                    // The first panel brings the inputs for all.
+                    let inputs = if panel == 0 { TILE_ROWS * words.len() } else { 0 };
+                    let ahead = Near([
+                        Stream::new(next, inputs, words.len()),
+                        Stream::new(sums.wrapping_add(TILE_ROWS * width), TILE_ROWS * width, words.len()),
+                    ]);
+                    let tile = Tile::of_sums(&runs, words.len(), b, extents, sums, ahead);
+                    let tile = Tile { before: (!first).then_some(sums), ..tile };
                     // SAFETY: runs are readable for `words`, `b` has as many full rows, and there is a full tile of sums.
                     unsafe { tile.compute(simd) };
                 }

@@ -2,6 +2,7 @@
 
 use super::parts::{Part, Place};
 use super::points::*;
+use super::strips::WORDS;
 use super::transforms::*;
 use super::window::Window;
 use crate::cpu::conv::ConvShape;
@@ -21,6 +22,15 @@ pub(super) struct Layout {
     pub tile: usize,
     /// Words of channels.
     pub word: usize,
+    /// Blocks of [`WORDS`] of them.
+    pub block: usize,
+}
+
+impl Layout {
+    /// Where all words are equally far apart.
+    pub fn of_words(row: usize, slot: usize, tile: usize, word: usize) -> Self {
+        Layout { row, slot, tile, word, block: WORDS * word }
+    }
 }
 
 /// The channels of one picture's inputs in two halves: tasks in the order of their channels, as those are that compute outputs, so that a
@@ -120,18 +130,21 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         down: usize,
         room: &mut Room,
     ) {
-        let Layout { row: row_step, slot: slot_step, tile: tile_step, word: word_step } = self.layout;
+        let Layout { row: row_step, slot: slot_step, tile: tile_step, word: word_step, block: block_step } =
+            self.layout;
         // Words that do not lie together go there one by one.
         let together = word_step == W::PER_WORD;
         let mut apart = [W::default(); MAX * LANES];
+        let word = channel / W::PER_WORD;
+        let first = word / WORDS * block_step + word % WORDS * word_step;
         for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| has_slot(axis::<W>(STRIDE), down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
             let row_of_room =
                 vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
             let values = Input::<W, STRIDE, M>::apply(simd, &row_of_room);
-            let at = row * row_step + tile * tile_step + channel / W::PER_WORD * word_step;
-            let (first, step) = match together {
+            let at = row * row_step + tile * tile_step + first;
+            let (to, step) = match together {
                 // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
                 true => (unsafe { self.to.pointer().add(at) }, slot_step),
                 false => (apart.as_mut_ptr(), S::LANES),
@@ -139,7 +152,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
             unrolled!(SLOT => {
                 if const { has::<W>(STRIDE, M, SLOT) } {
                     // SAFETY: as above; `apart` has a vector for each slot.
-                    unsafe { W::store(simd, first.add(SLOT * step), values[SLOT]) };
+                    unsafe { W::store(simd, to.add(SLOT * step), values[SLOT]) };
                 }
             });
             if together {
