@@ -4,6 +4,7 @@ use super::transforms::{MAX, Room, Transform, unrolled, vectors};
 use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
+use std::ops::Range;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
@@ -33,9 +34,24 @@ pub(super) trait Sink<S: Simd> {
 pub(super) struct Pixels<'a, T> {
     /// Has a vector from `channel` on.
     pub window: &'a Window<'a, T>,
-    /// What will be transformed next, and its rows.
-    pub next: (&'a Window<'a, T>, usize),
+    /// What will be transformed next, its rows and its first channel.
+    pub next: (&'a Window<'a, T>, usize, usize),
     pub channel: usize,
+}
+
+impl<'a, T> Pixels<'a, T> {
+    /// A vector of the first of some channels, of which the last may be the window's; the others come next, and then those of `next`.
+    pub fn new(
+        window: &'a Window<'a, T>,
+        next: &'a Window<'a, T>,
+        rows: usize,
+        channels: Range<usize>,
+        lanes: usize,
+    ) -> Self {
+        let following = channels.start + lanes;
+        let next = if following < channels.end { (window, rows, following) } else { (next, rows, 0) };
+        Pixels { window, next, channel: channels.start }
+    }
 }
 
 impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
@@ -45,8 +61,8 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     }
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
-        let (next, rows) = self.next;
-        next.prefetch(simd, rows, j, self.channel);
+        let (next, rows, channel) = self.next;
+        next.prefetch(simd, rows, j, channel);
     }
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {

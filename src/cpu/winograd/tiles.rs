@@ -66,8 +66,11 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             let window = &self.window(tile);
             let next = &self.window(self.tiles.end.min(tile + 2) - 1);
             for channel in self.channels.clone().step_by(S::LANES) {
+                let following = channel + S::LANES;
+                let ahead =
+                    if following < self.channels.end { (window, following) } else { (next, self.channels.start) };
                 with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
+                    self.transform_columns::<S, M>(simd, window, ahead, channel, across, &mut room)
                 });
                 with_outputs!(axis::<W>(STRIDE), across, M => {
                     self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
@@ -92,14 +95,15 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        [window, next]: [&Window<T>; 2],
+        window: &Window<T>,
+        (next, next_channel): (&Window<T>, usize),
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
         for j in 0..inputs(axis::<W>(STRIDE), across) {
-            // Those of the next tile will have come by then.
-            next.prefetch(simd, const { inputs(axis::<W>(STRIDE), M) }, j, channel);
+            // What is transformed next will have come by then.
+            next.prefetch(simd, const { inputs(axis::<W>(STRIDE), M) }, j, next_channel);
             let values = match window.has_column(j) {
                 true => {
                     // SAFETY: there is such a column; channels are whole vectors.
@@ -223,7 +227,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
         assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
             let sums = &self.sums[i * S::LANES..];
-            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, sums, across, &mut room));
+            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, channel, sums, across, &mut room));
             with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, channel, down, &mut room));
         }
     }
@@ -232,9 +236,28 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
 impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
     #[inline(always)]
-    fn transform_columns<S: Simd, const M: usize>(&self, simd: S, sums: &[f32], across: usize, room: &mut Room) {
+    fn transform_columns<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        channel: usize,
+        sums: &[f32],
+        across: usize,
+        room: &mut Room,
+    ) {
         let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+        let (o, y) = (self.outputs.shape.o, self.outputs.y.pointer());
         for j in 0..positions(axis::<W>(STRIDE), across) {
+            if j < M {
+                let row = y.wrapping_add(self.first_of_row(j) + channel);
+                for k in 0..across {
+                    simd.prefetch_near(row.wrapping_add(k * o).cast_const().cast());
+                }
+            }
+            unrolled!(I => {
+                if I < positions(axis::<W>(STRIDE), M) {
+                    simd.prefetch_near(sums.as_ptr().wrapping_add(self.starts.at[I * all + j] + S::LANES));
+                }
+            });
             // SAFETY: a vector of the channels, as asserted.
             let column = vectors!(simd, positions(axis::<W>(STRIDE), M), I => unsafe {
                 simd.load(sums.as_ptr().add(self.starts.at[I * all + j]))
@@ -250,11 +273,19 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
         }
     }
 
+    /// The first value of a row of the tile's outputs.
+    #[inline(always)]
+    fn first_of_row(&self, i: usize) -> usize {
+        let Outputs { part, shape, .. } = self.outputs;
+        let (Place { image, top, left }, [oh, ow]) = (part.places[self.tile], shape.output());
+        ((image * oh + top + i) * ow + left) * shape.o
+    }
+
     /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
     #[inline(always)]
     fn transform_rows<S: Simd, const M: usize>(&self, simd: S, channel: usize, down: usize, room: &mut Room) {
-        let Outputs { part, shape, epilogue, y, .. } = self.outputs;
-        let (Place { image, top, left }, [oh, ow], o) = (part.places[self.tile], shape.output(), shape.o);
+        let Outputs { shape, epilogue, y, .. } = self.outputs;
+        let o = shape.o;
         // Copies, which no store to the result can change.
         let (epilogue, y) = (*epilogue, y.pointer());
         // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
@@ -265,7 +296,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
             let row =
                 vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
             let outputs = Sums::<W, STRIDE, M>::apply(simd, &row);
-            let first = ((image * oh + top + i) * ow + left) * o + channel;
+            let first = self.first_of_row(i) + channel;
             unrolled!(J => {
                 if J < M {
                     // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.

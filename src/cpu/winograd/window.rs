@@ -60,7 +60,7 @@ impl<'a, T: Float> Window<'a, T> {
     pub fn prefetch<S: Simd>(&self, simd: S, rows: usize, j: usize, channel: usize) {
         let mut at = self.first.wrapping_add(j * self.channels + channel);
         for _ in 0..rows {
-            simd.prefetch(at.cast());
+            simd.prefetch_near(at.cast());
             at = at.wrapping_add(self.row_len);
         }
     }
