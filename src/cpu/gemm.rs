@@ -23,7 +23,7 @@ pub(super) use epilogue::Output;
 pub use packed::PackedB;
 pub(super) use packed::narrowed;
 use std::ops::Range;
-pub(super) use tile::{Far, Near, Stream, TILE_ROWS, Tile};
+pub(super) use tile::{Ahead, Far, Near, Stream, TILE_ROWS, Tile};
 
 /// Columns that take a block of depth before the next block: one panel or more.
 const COLUMNS: usize = 64;

@@ -11,6 +11,7 @@
 
 use super::float::Float;
 use super::gather::Gather;
+use super::gemm::Ahead;
 use super::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -29,7 +30,9 @@ const PART: usize = 4096;
 /// The runs are divided among tasks until there are this many.
 const TASKS: usize = 8;
 /// Rows of a micro-kernel's tile.
-const TILE_ROWS: usize = 6;
+pub(super) const TILE_ROWS: usize = 6;
+/// Words of a cache line.
+const LINE: usize = 16;
 
 /// How the result is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -212,7 +215,7 @@ impl<T: Float> Task for Part<'_, T> {
                     }
                     for (panel, packed) in packed.chunks_exact(rows_of_slice * width).enumerate() {
                         let out = &mut out[begin * COLUMNS + panel * width..];
-                        multiply_runs(simd, &words, 0..piece.len(), packed, first, out, COLUMNS);
+                        multiply_runs(simd, &words, 0..piece.len(), packed, first, out, COLUMNS, ());
                     }
                 }
             }
@@ -221,7 +224,9 @@ impl<T: Float> Task for Part<'_, T> {
 }
 
 /// `out [words, width] (+)= sum over rows of run x b`, for some words of the runs; `pitch` values from one row of `out` to the next. As
-/// many rows of `b` are packed as there are runs.
+/// many rows of `b` are packed as there are runs. Words of each run are asked for before their turn; `ahead` is asked for with each run and each
+/// tile.
+#[expect(clippy::too_many_arguments, reason = "a product's operands and how they lie")]
 #[inline(always)]
 pub(super) fn multiply_runs<S: Simd, T: Float>(
     simd: S,
@@ -231,6 +236,7 @@ pub(super) fn multiply_runs<S: Simd, T: Float>(
     first: bool,
     out: &mut [f32],
     pitch: usize,
+    mut ahead: impl Ahead,
 ) {
     let width = S::LANES * S::VECTORS;
     assert!(b.len() >= runs.len() * width * T::PER_WORD && pitch >= width);
@@ -242,11 +248,11 @@ pub(super) fn multiply_runs<S: Simd, T: Float>(
         // rows as the tile reads, and writes as it asserts.
         channel += unsafe {
             match words.end - channel {
-                6.. => tile.compute::<S, 6>(simd, channel, out),
-                4.. => tile.compute::<S, 4>(simd, channel, out),
-                3 => tile.compute::<S, 3>(simd, channel, out),
-                2 => tile.compute::<S, 2>(simd, channel, out),
-                _ => tile.compute::<S, 1>(simd, channel, out),
+                6.. => tile.compute::<S, 6>(simd, channel, out, &mut ahead),
+                4.. => tile.compute::<S, 4>(simd, channel, out, &mut ahead),
+                3 => tile.compute::<S, 3>(simd, channel, out, &mut ahead),
+                2 => tile.compute::<S, 2>(simd, channel, out, &mut ahead),
+                _ => tile.compute::<S, 1>(simd, channel, out, &mut ahead),
             }
         };
     }
@@ -267,13 +273,19 @@ impl<T: Float> Tile<'_, T> {
     /// # Safety
     /// As for [`Tile::micro_kernel`].
     #[inline(always)]
-    unsafe fn compute<S: Simd, const R: usize>(&self, simd: S, channel: usize, out: &mut [f32]) -> usize {
+    unsafe fn compute<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        channel: usize,
+        out: &mut [f32],
+        ahead: &mut impl Ahead,
+    ) -> usize {
         const { assert!(R <= TILE_ROWS) };
         // SAFETY: passed on.
         unsafe {
             match S::VECTORS {
-                2 => self.micro_kernel::<S, R, 2>(simd, channel, out),
-                _ => self.micro_kernel::<S, R, 4>(simd, channel, out),
+                2 => self.micro_kernel::<S, R, 2>(simd, channel, out, ahead),
+                _ => self.micro_kernel::<S, R, 4>(simd, channel, out, ahead),
             }
         }
         R
@@ -283,7 +295,13 @@ impl<T: Float> Tile<'_, T> {
     /// Each run is readable for `channel + R` words of any alignment, `b` for a row of the tile's width for each run; `V` is
     /// `S::VECTORS`.
     #[inline(always)]
-    unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(&self, simd: S, channel: usize, out: &mut [f32]) {
+    unsafe fn micro_kernel<S: Simd, const R: usize, const V: usize>(
+        &self,
+        simd: S,
+        channel: usize,
+        out: &mut [f32],
+        ahead: &mut impl Ahead,
+    ) {
         let width = V * S::LANES;
         assert!(out.len() >= (R - 1) * self.pitch + width);
         let mut sums = [[simd.splat(0.0); V]; R];
@@ -295,8 +313,12 @@ impl<T: Float> Tile<'_, T> {
                 }
             }
         }
-        let mut b = self.b;
+        // A copy, which stays in registers.
+        let (mut b, mut asked) = (self.b, *ahead);
         for &run in self.runs {
+            asked.ask(simd);
+            // A tile takes a part of a line of each, and a later one what follows.
+            simd.prefetch_near(run.wrapping_add(channel + LINE));
             // SAFETY: the assertion above, and the contract.
             unsafe {
                 let b_row: [S::V; V] = std::array::from_fn(|v| simd.load(b.add(v * S::LANES)));
@@ -310,6 +332,7 @@ impl<T: Float> Tile<'_, T> {
                 b = b.add(width);
             }
         }
+        *ahead = asked;
         // The sums are not moved into an iterator: that would pass them through memory.
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {

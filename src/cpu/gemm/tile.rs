@@ -42,25 +42,27 @@ impl Ahead for () {}
 
 /// What the next tile needs, into L1.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Near(pub(in crate::cpu) [Stream; 2]);
+pub(in crate::cpu) struct Near<const N: usize>(pub(in crate::cpu) [Stream; N]);
 
-impl Ahead for Near {
+impl<const N: usize> Ahead for Near<N> {
     #[inline(always)]
     fn ask<S: Simd>(&mut self, simd: S) {
-        simd.prefetch_near(self.0[0].next());
-        simd.prefetch_near(self.0[1].next());
+        for stream in &mut self.0 {
+            simd.prefetch_near(stream.next());
+        }
     }
 }
 
 /// What later tiles need, into L2.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Far(pub(in crate::cpu) [Stream; 2]);
+pub(in crate::cpu) struct Far<const N: usize>(pub(in crate::cpu) [Stream; N]);
 
-impl Ahead for Far {
+impl<const N: usize> Ahead for Far<N> {
     #[inline(always)]
     fn ask<S: Simd>(&mut self, simd: S) {
-        simd.prefetch(self.0[0].next());
-        simd.prefetch(self.0[1].next());
+        for stream in &mut self.0 {
+            simd.prefetch(stream.next());
+        }
     }
 }
 
