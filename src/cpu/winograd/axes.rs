@@ -40,16 +40,14 @@ pub(super) struct Pixels<'a, T> {
 }
 
 impl<'a, T> Pixels<'a, T> {
-    /// A vector of the first of some channels, of which the last may be the window's; the others come next, and then those of `next`.
     pub fn new(
         window: &'a Window<'a, T>,
         next: &'a Window<'a, T>,
         rows: usize,
         channels: Range<usize>,
-        lanes: usize,
+        _lanes: usize,
     ) -> Self {
-        let following = channels.start + lanes;
-        let next = if following < channels.end { (window, rows, following) } else { (next, rows, 0) };
+        let next = (next, rows, channels.start);
         Pixels { window, next, channel: channels.start }
     }
 }
@@ -62,7 +60,7 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
         let (next, rows, channel) = self.next;
-        next.prefetch(simd, rows, j, channel);
+        next.prefetch(simd, rows, channel / S::LANES * rows + j);
     }
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {

@@ -52,6 +52,8 @@ pub(super) const CLASSES: usize = 4;
 /// Some tiles of an output, ordered by class.
 pub(super) struct Part {
     pub places: Vec<Place>,
+    /// The class of each.
+    class_of: Vec<usize>,
     /// The tiles of each class.
     classes: [Range<usize>; CLASSES],
     /// Outputs of each class's tiles, down and across.
@@ -96,9 +98,9 @@ impl Part {
                 (0..class).filter(|class| has(kind, class)).map(|class| classes[class].len()).sum()
             })
         });
-        let places = places.into_iter().map(|(_, place)| place).collect();
+        let (class_of, places) = places.into_iter().unzip();
         let edges = [down_edge, right_edge].map(|outputs| positions(axis, outputs));
-        Part { places, classes, outputs, edges, tiles, firsts }
+        Part { places, class_of, classes, outputs, edges, tiles, firsts }
     }
 
     /// Which edges' tiles have position `[i, j]`: 1 for those at the right, 2 for those at the bottom.
@@ -112,7 +114,7 @@ impl Part {
     }
 
     pub fn class_of(&self, tile: usize) -> usize {
-        self.classes.iter().position(|tiles| tiles.contains(&tile)).expect("every tile has a class")
+        self.class_of[tile]
     }
 
     /// The tiles of each class.

@@ -66,11 +66,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             let window = &self.window(tile);
             let next = &self.window(self.tiles.end.min(tile + 2) - 1);
             for channel in self.channels.clone().step_by(S::LANES) {
-                let following = channel + S::LANES;
-                let ahead =
-                    if following < self.channels.end { (window, following) } else { (next, self.channels.start) };
+                let vector = (channel - self.channels.start) / S::LANES;
                 with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, window, ahead, channel, across, &mut room)
+                    self.transform_columns::<S, M>(simd, window, (next, vector), channel, across, &mut room)
                 });
                 with_outputs!(axis::<W>(STRIDE), across, M => {
                     self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
@@ -96,14 +94,15 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         &self,
         simd: S,
         window: &Window<T>,
-        (next, next_channel): (&Window<T>, usize),
+        (next, vector): (&Window<T>, usize),
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
         for j in 0..inputs(axis::<W>(STRIDE), across) {
             // What is transformed next will have come by then.
-            next.prefetch(simd, const { inputs(axis::<W>(STRIDE), M) }, j, next_channel);
+            let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+            next.prefetch(simd, seen, vector * seen + j);
             let values = match window.has_column(j) {
                 true => {
                     // SAFETY: there is such a column; channels are whole vectors.

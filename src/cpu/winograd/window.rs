@@ -55,13 +55,16 @@ impl<'a, T: Float> Window<'a, T> {
         self.columns.contains(&j)
     }
 
-    /// Asks for the channels from `channel` on of the first `rows` pixels of a column.
+    /// Asks for a part of what a tile sees, step `step` of as many as the first `seen` columns have vectors of `channels` channels: pixels of a row lie
+    /// together, and lines that are asked for one after the other the caches go on with by themselves.
     #[inline(always)]
-    pub fn prefetch<S: Simd>(&self, simd: S, rows: usize, j: usize, channel: usize) {
-        let mut at = self.first.wrapping_add(j * self.channels + channel);
-        for _ in 0..rows {
-            simd.prefetch_near(at.cast());
-            at = at.wrapping_add(self.row_len);
+    pub fn prefetch<S: Simd>(&self, simd: S, seen: usize, step: usize) {
+        let vectors = self.channels / S::LANES;
+        let (row, part) = (step / vectors, step % vectors);
+        let mut at = self.first.wrapping_add(row * self.row_len + part * seen * S::LANES);
+        for _ in 0..seen {
+            simd.prefetch(at.cast());
+            at = at.wrapping_add(S::LANES);
         }
     }
 
