@@ -337,9 +337,15 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                 has.then(|| row * layout.row + slot * layout.slot + words.start / WORDS * layout.block)
             });
             let first = words.start == 0 && [row, slot] == [i, j];
-            let run = |tile: usize| match starts[part.class_of(tile)] {
-                Some(start) => self.inputs[start + tile * layout.tile..][..depth].as_ptr().cast(),
-                None => ZEROS[..words.len()].as_ptr(),
+            let runs = starts.map(|start| match start {
+                Some(start) => {
+                    (self.inputs[start..][..(part.places.len() - 1) * layout.tile + depth].as_ptr(), layout.tile)
+                }
+                None => (ZEROS[..words.len()].as_ptr().cast(), 0),
+            });
+            let run = |tile: usize| {
+                let (first, step) = runs[part.class_of(tile)];
+                first.wrapping_add(tile * step).cast::<f32>()
             };
             for start in (0..tiles.len()).step_by(TILE_ROWS) {
                 let runs: [[*const f32; TILE_ROWS]; 1] =

@@ -226,7 +226,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
         assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
             let sums = &self.sums[i * S::LANES..];
-            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, channel, sums, across, &mut room));
+            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, i, sums, across, &mut room));
             with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, channel, down, &mut room));
         }
     }
@@ -238,20 +238,14 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        channel: usize,
+        vector: usize,
         sums: &[f32],
         across: usize,
         room: &mut Room,
     ) {
         let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        let (o, y) = (self.outputs.shape.o, self.outputs.y.pointer());
         for j in 0..positions(axis::<W>(STRIDE), across) {
-            if j < M {
-                let row = y.wrapping_add(self.first_of_row(j) + channel);
-                for k in 0..across {
-                    simd.prefetch_near(row.wrapping_add(k * o).cast_const().cast());
-                }
-            }
+            self.prefetch_next(simd, vector * all + j, across);
             unrolled!(I => {
                 if I < positions(axis::<W>(STRIDE), M) {
                     simd.prefetch_near(sums.as_ptr().wrapping_add(self.starts.at[I * all + j] + S::LANES));
@@ -272,12 +266,32 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
         }
     }
 
-    /// The first value of a row of the tile's outputs.
+    /// The first value of a row of a tile's outputs.
     #[inline(always)]
-    fn first_of_row(&self, i: usize) -> usize {
+    fn first_of_row(&self, tile: usize, i: usize) -> usize {
         let Outputs { part, shape, .. } = self.outputs;
-        let (Place { image, top, left }, [oh, ow]) = (part.places[self.tile], shape.output());
+        let (Place { image, top, left }, [oh, ow]) = (part.places[tile], shape.output());
         ((image * oh + top + i) * ow + left) * shape.o
+    }
+
+    /// Asks for a part of the next tile's outputs, and of what is added to them: a vector of each pixel of a row.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, simd: S, step: usize, across: usize) {
+        let Outputs { part, shape, epilogue, y, .. } = self.outputs;
+        let vectors = self.channels.len() / S::LANES;
+        let (row, vector) = (step / vectors, step % vectors);
+        if row >= const { axis::<W>(STRIDE).outputs } {
+            return;
+        }
+        let tile = (self.tile + 1).min(part.places.len() - 1);
+        let first = self.first_of_row(tile, row) + self.channels.start + vector * S::LANES;
+        for j in 0..across {
+            let at = first + j * shape.o;
+            simd.prefetch(y.pointer().wrapping_add(at).cast_const().cast());
+            if let Some(residual) = epilogue.residual {
+                simd.prefetch(residual.as_ptr().wrapping_add(at).cast());
+            }
+        }
     }
 
     /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
@@ -295,7 +309,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
             let row =
                 vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
             let outputs = Sums::<W, STRIDE, M>::apply(simd, &row);
-            let first = self.first_of_row(i) + channel;
+            let first = self.first_of_row(self.tile, i) + channel;
             unrolled!(J => {
                 if J < M {
                     // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
