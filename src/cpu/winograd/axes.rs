@@ -4,7 +4,6 @@ use super::transforms::{MAX, Room, Transform, unrolled, vectors};
 use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
-use std::ops::Range;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
@@ -34,22 +33,9 @@ pub(super) trait Sink<S: Simd> {
 pub(super) struct Pixels<'a, T> {
     /// Has a vector from `channel` on.
     pub window: &'a Window<'a, T>,
-    /// What will be transformed next, its rows and its first channel.
-    pub next: (&'a Window<'a, T>, usize, usize),
+    /// What will be transformed next, of as many rows and columns.
+    pub next: (&'a Window<'a, T>, usize),
     pub channel: usize,
-}
-
-impl<'a, T> Pixels<'a, T> {
-    pub fn new(
-        window: &'a Window<'a, T>,
-        next: &'a Window<'a, T>,
-        rows: usize,
-        channels: Range<usize>,
-        _lanes: usize,
-    ) -> Self {
-        let next = (next, rows, channels.start);
-        Pixels { window, next, channel: channels.start }
-    }
 }
 
 impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
@@ -59,8 +45,8 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     }
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
-        let (next, rows, channel) = self.next;
-        next.prefetch(simd, rows, channel / S::LANES * rows + j);
+        let (next, seen) = self.next;
+        next.prefetch(simd, seen, self.channel / S::LANES * seen + j);
     }
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {

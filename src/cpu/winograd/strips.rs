@@ -328,25 +328,24 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         let (depth, width) = (words.len() * W::PER_WORD, S::LANES * S::VECTORS);
         let panels = columns.div_ceil(width);
         let tiles = part.tiles_at([i, j]);
+        if tiles.is_empty() {
+            return;
+        }
         for slot in slots_at(axis::<W>(STRIDE), j) {
             let filters =
                 &filters[value_of::<W>(STRIDE, slot) * spread(panels * depth * width)..][..panels * depth * width];
-            // For each class, where the inputs begin, or zeros if it lacks one of the slots.
+            let inputs = &self.inputs[row * layout.row + slot * layout.slot + words.start / WORDS * layout.block..];
+            let inputs = &inputs[..(part.places.len() - 1) * layout.tile + depth];
+            // For each class, where the inputs of a first tile would begin and how far it is to the next, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
                 let has = has_slot(axis::<W>(STRIDE), down, row) && has_slot(axis::<W>(STRIDE), across, slot);
-                has.then(|| row * layout.row + slot * layout.slot + words.start / WORDS * layout.block)
-            });
-            let first = words.start == 0 && [row, slot] == [i, j];
-            let runs = starts.map(|start| match start {
-                Some(start) => {
-                    (self.inputs[start..][..(part.places.len() - 1) * layout.tile + depth].as_ptr(), layout.tile)
-                }
-                None => (ZEROS[..words.len()].as_ptr().cast(), 0),
+                if has { (inputs.as_ptr(), layout.tile) } else { (ZEROS[..words.len()].as_ptr().cast(), 0) }
             });
             let run = |tile: usize| {
-                let (first, step) = runs[part.class_of(tile)];
-                first.wrapping_add(tile * step).cast::<f32>()
+                let (start, step) = starts[part.class_of(tile)];
+                start.wrapping_add(tile * step).cast::<f32>()
             };
+            let first = words.start == 0 && [row, slot] == [i, j];
             for start in (0..tiles.len()).step_by(TILE_ROWS) {
                 let runs: [[*const f32; TILE_ROWS]; 1] =
                     [std::array::from_fn(|lane| run(tiles[(start + lane).min(tiles.len() - 1)]))];

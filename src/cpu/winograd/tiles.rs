@@ -66,9 +66,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             let window = &self.window(tile);
             let next = &self.window(self.tiles.end.min(tile + 2) - 1);
             for channel in self.channels.clone().step_by(S::LANES) {
-                let vector = (channel - self.channels.start) / S::LANES;
                 with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, window, (next, vector), channel, across, &mut room)
+                    self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
                 });
                 with_outputs!(axis::<W>(STRIDE), across, M => {
                     self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
@@ -93,15 +92,15 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        window: &Window<T>,
-        (next, vector): (&Window<T>, usize),
+        [window, next]: [&Window<T>; 2],
         channel: usize,
         across: usize,
         room: &mut Room,
     ) {
+        let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+        let vector = (channel - self.channels.start) / S::LANES;
         for j in 0..inputs(axis::<W>(STRIDE), across) {
-            // What is transformed next will have come by then.
-            let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
+            // What the next tile sees will have come by then.
             next.prefetch(simd, seen, vector * seen + j);
             let values = match window.has_column(j) {
                 true => {

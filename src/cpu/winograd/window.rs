@@ -55,11 +55,12 @@ impl<'a, T: Float> Window<'a, T> {
         self.columns.contains(&j)
     }
 
-    /// Asks for a part of what a tile sees, step `step` of as many as the first `seen` columns have vectors of `channels` channels: pixels of a row lie
-    /// together, and lines that are asked for one after the other the caches go on with by themselves.
+    /// Asks for a part of the first `seen` columns, step `step` of as many as they have vectors: pixels of a row lie together, and where lines
+    /// are asked for one after the other caches go on by themselves.
     #[inline(always)]
     pub fn prefetch<S: Simd>(&self, simd: S, seen: usize, step: usize) {
-        let vectors = self.channels / S::LANES;
+        // Of nothing there are none.
+        let vectors = (self.channels / S::LANES).max(1);
         let (row, part) = (step / vectors, step % vectors);
         let mut at = self.first.wrapping_add(row * self.row_len + part * seen * S::LANES);
         for _ in 0..seen {

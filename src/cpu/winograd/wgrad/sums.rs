@@ -190,11 +190,13 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             let next = self.block.end.min(word + 2) - 1;
             let inputs = std::mem::replace(&mut next_inputs, inputs_of(next));
             let gradients = std::mem::replace(&mut next_gradients, gradients_of(next));
-            let pixels = |i: usize, channel: usize| {
-                Pixels::new(&inputs[i], &next_inputs[i], slots_of::<M>(), channel..c, S::LANES)
+            let pixels = |i: usize, channel: usize| Pixels {
+                window: &inputs[i],
+                next: (&next_inputs[i], slots_of::<M>()),
+                channel,
             };
             let outputs =
-                |i: usize, channel: usize| Pixels::new(&gradients[i], &next_gradients[i], M, channel..o, S::LANES);
+                |i: usize, channel: usize| Pixels { window: &gradients[i], next: (&next_gradients[i], M), channel };
             for channel in (0..c).step_by(S::LANES) {
                 let at = (channel / width * self.words + word) * word_of_inputs + channel % width * W::PER_WORD;
                 // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
