@@ -9,6 +9,7 @@
 //!
 //! Depth is counted in words of 32 bits: an f32, or a pair of bf16 ([`Float`]).
 
+mod ahead;
 mod epilogue;
 mod packed;
 mod tile;
@@ -18,12 +19,13 @@ use super::gather::Gather;
 use super::parallel::for_each;
 use super::simd::{Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
+pub(super) use ahead::{Ahead, Far, Near, Stream};
 pub use epilogue::Epilogue;
 pub(super) use epilogue::Output;
 pub use packed::PackedB;
 pub(super) use packed::narrowed;
 use std::ops::Range;
-pub(super) use tile::{Ahead, Far, Near, Stream, TILE_ROWS, Tile};
+pub(super) use tile::{TILE_ROWS, Tile};
 
 /// Columns that take a block of depth before the next block: one panel or more.
 const COLUMNS: usize = 64;

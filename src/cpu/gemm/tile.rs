@@ -1,70 +1,12 @@
 //! The micro-kernel: a tile of sums in registers.
 
 use super::Epilogue;
+use super::ahead::Ahead;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 
 /// Rows of a micro-kernel's tile; six pointers and the loop's own fit x86-64's general registers.
 pub(in crate::cpu) const TILE_ROWS: usize = 6;
-
-/// Some bytes that a later tile needs, of which a tile asks for as many with each word as its words need to come to the end.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Stream {
-    at: *const u8,
-    step: usize,
-}
-
-impl Stream {
-    /// Of `floats` floats, while `words` words are multiplied. They may lie anywhere: nothing is read. Where that is more than a line a
-    /// word, some are left out, which caches that fetch pairs of lines bring nevertheless.
-    #[inline(always)]
-    pub(in crate::cpu) fn new(from: *const f32, floats: usize, words: usize) -> Self {
-        Stream { at: from.cast(), step: (floats * size_of::<f32>()).div_ceil(words.max(1)) }
-    }
-
-    /// What is to be asked for next.
-    #[inline(always)]
-    fn next(&mut self) -> *const f32 {
-        let at = self.at;
-        self.at = at.wrapping_add(self.step);
-        at.cast()
-    }
-}
-
-/// What a tile asks for while it multiplies. Caches foresee little of what comes in short pieces, or all at once after a pause.
-pub(in crate::cpu) trait Ahead: Copy {
-    /// With each word. Mark it `#[inline(always)]`.
-    fn ask<S: Simd>(&mut self, _simd: S) {}
-}
-
-/// Nothing.
-impl Ahead for () {}
-
-/// What the next tile needs, into L1.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Near<const N: usize>(pub(in crate::cpu) [Stream; N]);
-
-impl<const N: usize> Ahead for Near<N> {
-    #[inline(always)]
-    fn ask<S: Simd>(&mut self, simd: S) {
-        for stream in &mut self.0 {
-            simd.prefetch_near(stream.next());
-        }
-    }
-}
-
-/// What later tiles need, into L2.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Far<const N: usize>(pub(in crate::cpu) [Stream; N]);
-
-impl<const N: usize> Ahead for Far<N> {
-    #[inline(always)]
-    fn ask<S: Simd>(&mut self, simd: S) {
-        for stream in &mut self.0 {
-            simd.prefetch(stream.next());
-        }
-    }
-}
 
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
 pub(in crate::cpu) struct Tile<'a, T, A = ()> {
