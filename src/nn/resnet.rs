@@ -19,9 +19,6 @@ pub const MIN_IMAGE_SIZE: usize = 32;
 /// Pictures that go through frozen stages together on the CPU, at most, on a thread of their own: many, so that many tiles share a
 /// transformed filter, but their activations and their transforms should stay in a thread's share of the last cache.
 const TOGETHER: usize = 16;
-/// The stage from which on all pictures go together, on all threads: transforming its filters takes a quarter as long as multiplying 16
-/// pictures with them, and its activations are small.
-const JOINED: Stage = Stage::Layer4;
 
 /// Parts of the network, from the picture to the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -184,15 +181,13 @@ impl ResNet18 {
         of(stages).try_fold(x, |x, stage| self.stage(stage, &x, training))
     }
 
-    /// Where pictures do not depend on one another, each thread takes some up to [`JOINED`]: what one has computed another need not
+    /// Where pictures do not depend on one another, each thread takes some all the way: what one has computed another need not
     /// fetch from its caches, and nobody waits.
     fn backbone_on_cpu(&self, x: &Tensor, stages: Range<Stage>, training: bool) -> Result<Tensor> {
         let pictures = pictures_of(x);
         let convolutions = || of(stages.clone()).flat_map(|stage| self.convolutions(stage));
         let fixed = !x.requires_grad() && convolutions().all(|conv| conv.is_fixed(training));
-        let joined = JOINED.clamp(stages.start, stages.end)..stages.end;
-        let apart = stages.start..joined.start;
-        if apart.is_empty() || pictures < 2 || !fixed {
+        if stages.is_empty() || pictures < 2 || !fixed {
             return self.stages(x.clone(), stages, training);
         }
         // A thread that waits for a part of its pictures may begin others: it must not meet a filter that it is packing itself.
@@ -201,11 +196,10 @@ impl ResNet18 {
         let recording = autograd::is_enabled();
         let run = |group: usize| {
             let pictures = group * pictures / groups..(group + 1) * pictures / groups;
-            recording_if(recording, || self.group(x, pictures, apart.clone(), training))
+            recording_if(recording, || self.group(x, pictures, stages.clone(), training))
         };
         let results = (0..groups).into_par_iter().with_max_len(1).map(run);
-        let x = Tensor::concatenate(&results.collect::<Result<Vec<_>>>()?);
-        self.stages(x, joined, training)
+        Ok(Tensor::concatenate(&results.collect::<Result<Vec<_>>>()?))
     }
 
     /// Some stages of some pictures of `x`, which are fixed.
