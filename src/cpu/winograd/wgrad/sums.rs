@@ -95,9 +95,9 @@ impl<W: Float, const M: usize> Sums<W, M> {
     ) {
         let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
         let panel_len = words * word_of_inputs;
-        let (inputs, next) = inputs[position * self.layout.inputs(*words) + panel * panel_len..].split_at(panel_len);
+        let inputs = &inputs[position * self.layout.inputs(*words) + panel * panel_len..][..panel_len];
         let gradients = &gradients[position * self.layout.gradients(*words)..][..words * word];
-        dispatch(self.isa, Multiply { gradients, inputs, next: next.as_ptr().cast(), word, filters, first, sums });
+        dispatch(self.isa, Multiply { gradients, inputs, word, filters, first, sums });
     }
 
     /// [`Sums::multiply`] of all.
@@ -248,8 +248,6 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
 struct Multiply<'a, W> {
     gradients: &'a [W],
     inputs: &'a [W],
-    /// The inputs of the product that follows, if there is one.
-    next: *const f32,
     /// Values from one word of gradients to the next.
     word: usize,
     filters: Range<usize>,
@@ -266,14 +264,13 @@ impl<W: Float> Task for Multiply<'_, W> {
         let width = S::LANES * S::VECTORS;
         assert!(self.filters.end * W::PER_WORD <= self.word);
         let mut runs: Vec<*const f32> = Vec::with_capacity(SLICE);
-        let words = self.gradients.len() / self.word;
         let inputs = self.inputs.chunks(SLICE * width * W::PER_WORD);
         for (i, (gradients, inputs)) in self.gradients.chunks(SLICE * self.word).zip(inputs).enumerate() {
             runs.clear();
             let rows = gradients.chunks_exact(self.word);
             runs.extend(rows.map(|row| row[self.filters.start * W::PER_WORD..].as_ptr().cast()));
-            // The inputs of the next slice, or the first of the next product.
-            let next = if (i + 1) * SLICE < words { inputs.as_ptr_range().end.cast() } else { self.next };
+            // The next slice, or what lies after the last: the next panel or position.
+            let next = inputs.as_ptr_range().end.cast();
             let ahead =
                 Far([Stream::new(next, runs.len() * width, runs.len() * self.filters.len().div_ceil(TILE_ROWS))]);
             multiply_runs(simd, &runs, 0..self.filters.len(), inputs, self.first && i == 0, self.sums, width, ahead);
