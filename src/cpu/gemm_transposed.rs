@@ -215,7 +215,7 @@ impl<T: Float> Task for Part<'_, T> {
                     }
                     for (panel, packed) in packed.chunks_exact(rows_of_slice * width).enumerate() {
                         let out = &mut out[begin * COLUMNS + panel * width..];
-                        multiply_runs(simd, &words, 0..piece.len(), packed, first, out, COLUMNS, ());
+                        multiply_runs(simd, &words, 0..piece.len(), 0, packed, first, out, COLUMNS, ());
                     }
                 }
             }
@@ -224,14 +224,15 @@ impl<T: Float> Task for Part<'_, T> {
 }
 
 /// `out [words, width] (+)= sum over rows of run x b`, for some words of the runs; `pitch` values from one row of `out` to the next. As
-/// many rows of `b` are packed as there are runs. Words of each run are asked for before their turn; `ahead` is asked for with each run and each
-/// tile.
+/// many rows of `b` are packed as there are runs. Words of each run are asked for before their turn, after the last those that lie `beyond`
+/// its end; `ahead` is asked for with each run and each tile.
 #[expect(clippy::too_many_arguments, reason = "a product's operands and how they lie")]
 #[inline(always)]
 pub(super) fn multiply_runs<S: Simd, T: Float>(
     simd: S,
     runs: &[*const f32],
     words: Range<usize>,
+    beyond: usize,
     b: &[T],
     first: bool,
     out: &mut [f32],
@@ -240,9 +241,10 @@ pub(super) fn multiply_runs<S: Simd, T: Float>(
 ) {
     let width = S::LANES * S::VECTORS;
     assert!(b.len() >= runs.len() * width * T::PER_WORD && pitch >= width);
-    let tile = Tile::<T> { runs, b: b.as_ptr().cast(), first, pitch, kind: std::marker::PhantomData };
+    let mut tile = Tile::<T> { runs, next: 0, b: b.as_ptr().cast(), first, pitch, kind: std::marker::PhantomData };
     let mut channel = words.start;
     while channel < words.end {
+        tile.next = channel + LINE + if channel + LINE < words.end { 0 } else { beyond };
         let out = &mut out[(channel - words.start) * pitch..];
         // SAFETY: runs are readable for these words, and the chosen tile ends within them; `b` and `out` have as many full
         // rows as the tile reads, and writes as it asserts.
@@ -261,6 +263,8 @@ pub(super) fn multiply_runs<S: Simd, T: Float>(
 /// A tile of C: consecutive elements of the runs by one panel, summed over a slice of rows.
 struct Tile<'a, T> {
     runs: &'a [*const f32],
+    /// The word of each run that is asked for.
+    next: usize,
     b: *const f32,
     first: bool,
     pitch: usize,
@@ -318,7 +322,7 @@ impl<T: Float> Tile<'_, T> {
         for &run in self.runs {
             asked.ask(simd);
             // A tile takes a part of a line of each, and a later one what follows.
-            simd.prefetch_near(run.wrapping_add(channel + LINE));
+            simd.prefetch_near(run.wrapping_add(self.next));
             // SAFETY: the assertion above, and the contract.
             unsafe {
                 let b_row: [S::V; V] = std::array::from_fn(|v| simd.load(b.add(v * S::LANES)));

@@ -114,7 +114,17 @@ impl<T: Float> Task for Products<'_, T> {
                     let sums = sums.next().expect("as many as the filter has");
                     let first = self.seen.offset([row, position, plane]);
                     for (i, (runs, gradients)) in runs.chunks(SLICE).zip(gradients.chunks(SLICE * width)).enumerate() {
-                        multiply_runs(simd, runs, first..first + c, gradients, self.first && i == 0, sums, width, ());
+                        multiply_runs(
+                            simd,
+                            runs,
+                            first..first + c,
+                            0,
+                            gradients,
+                            self.first && i == 0,
+                            sums,
+                            width,
+                            (),
+                        );
                     }
                 }
             }

@@ -96,8 +96,10 @@ impl<W: Float, const M: usize> Sums<W, M> {
         let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
         let panel_len = words * word_of_inputs;
         let inputs = &inputs[position * self.layout.inputs(*words) + panel * panel_len..][..panel_len];
-        let gradients = &gradients[position * self.layout.gradients(*words)..][..words * word];
-        dispatch(self.isa, Multiply { gradients, inputs, word, filters, first, sums });
+        let position_len = self.layout.gradients(*words);
+        let gradients = &gradients[position * position_len..][..words * word];
+        let position = position_len;
+        dispatch(self.isa, Multiply { gradients, inputs, word, position, filters, first, sums });
     }
 
     /// [`Sums::multiply`] of all.
@@ -248,8 +250,9 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
 struct Multiply<'a, W> {
     gradients: &'a [W],
     inputs: &'a [W],
-    /// Values from one word of gradients to the next.
+    /// Values from one word of gradients to the next, and from one position to the next.
     word: usize,
+    position: usize,
     filters: Range<usize>,
     first: bool,
     sums: &'a mut [f32],
@@ -273,7 +276,12 @@ impl<W: Float> Task for Multiply<'_, W> {
             let next = inputs.as_ptr_range().end.cast();
             let ahead =
                 Far([Stream::new(next, runs.len() * width, runs.len() * self.filters.len().div_ceil(TILE_ROWS))]);
-            multiply_runs(simd, &runs, 0..self.filters.len(), inputs, self.first && i == 0, self.sums, width, ahead);
+            // After the last of the filters come the first in the next slice, or at the next position.
+            let last = (i + 1) * SLICE * self.word >= self.gradients.len();
+            let next = if last { self.position - i * SLICE * self.word } else { SLICE * self.word };
+            let (filters, first) = (0..self.filters.len(), self.first && i == 0);
+            let beyond = next / W::PER_WORD - filters.len();
+            multiply_runs(simd, &runs, filters, beyond, inputs, first, self.sums, width, ahead);
         }
     }
 }
