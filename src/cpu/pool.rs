@@ -71,11 +71,11 @@ pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
 pub(super) fn max_pool_row<T: Float>(x: &[T], shape: &PoolShape, row: usize, y: &mut [T]) {
     // First along the columns of a window's rows, whole rows at a time.
     let mut greatest = Scratch::<f32>::take(shape.w * shape.c);
-    for (i, x) in x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len()).enumerate() {
-        T::read(x, |x| match i {
-            0 => greatest.copy_from_slice(x),
-            _ => take_greater(x, &mut greatest),
-        });
+    let mut rows = x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len());
+    let [a, b, c] = three(&mut rows);
+    T::read(a, |a| T::read(b, |b| T::read(c, |c| take_greatest([a, b, c], &mut greatest))));
+    for x in rows {
+        T::read(x, |x| take_greater(x, &mut greatest));
     }
     T::write(y, |y| take_greatest_of_windows(&greatest, shape, y));
 }
@@ -146,11 +146,34 @@ pub fn global_average_backward<T: Float>(dy: &[f32], pixels: usize, c: usize, dx
     });
 }
 
-/// Takes the greater of each two, or NaN if there is one, within a function that is vectorised.
+/// The first three of what a window covers, the last again where there are fewer: most windows have as many, and their greatest takes one
+/// pass.
+#[inline(always)]
+fn three<T: Copy>(mut covered: impl Iterator<Item = T>) -> [T; 3] {
+    let first = covered.next().expect("a window covers something");
+    let second = covered.next().unwrap_or(first);
+    [first, second, covered.next().unwrap_or(second)]
+}
+
+/// The greater, or NaN if one is.
+#[inline(always)]
+fn greater(x: f32, y: f32) -> f32 {
+    if x > y || x.is_nan() { x } else { y }
+}
+
+/// The greatest of each three, within a function that is vectorised.
+#[inline(always)]
+fn take_each_greatest([a, b, c]: [&[f32]; 3], y: &mut [f32]) {
+    for (((y, &a), &b), &c) in y.iter_mut().zip(a).zip(b).zip(c) {
+        *y = greater(c, greater(b, a));
+    }
+}
+
+/// The same of what is there and more.
 #[inline(always)]
 fn take_each_greater(x: &[f32], y: &mut [f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
-        *y = if x > *y || x.is_nan() { x } else { *y };
+        *y = greater(x, *y);
     }
 }
 
@@ -159,16 +182,18 @@ vectorised! {
         take_each_greater(x, y);
     }
 
+    fn take_greatest(x: [&[f32]; 3], y: &mut [f32]) {
+        take_each_greatest(x, y);
+    }
+
     /// Of the pixels of a row that each window covers.
     fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
         let c = shape.c;
         for (window, y) in y.chunks_exact_mut(c).enumerate() {
-            for (i, ix) in shape.covered(window, shape.w).enumerate() {
-                let pixel = &pixels[ix * c..][..c];
-                match i {
-                    0 => y.copy_from_slice(pixel),
-                    _ => take_each_greater(pixel, y),
-                }
+            let mut covered = shape.covered(window, shape.w).map(|ix| &pixels[ix * c..][..c]);
+            take_each_greatest(three(&mut covered), y);
+            for pixel in covered {
+                take_each_greater(pixel, y);
             }
         }
     }
