@@ -16,13 +16,13 @@ pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &Conv
             on_tiles!(isa, U => product.multiply::<U, T>(isa, dy, &packed, dx, Epilogue::default()));
         });
     }
-    if algorithm == Algorithm::Direct || shape.stride != [1, 1] {
+    if algorithm == Algorithm::Direct {
         return backward_input_directly(isa, dy, filter, shape, dx);
     }
     BackwardFilter::new(isa, filter, shape).backward_input(dy, shape, dx);
 }
 
-/// Filters for the gradient to the input by Winograd's algorithm, of a stride of one: in the type of activations, or in f32 where no
+/// Filters for the gradient to the input by Winograd's algorithm: in the type of activations, or in f32 where no
 /// instruction multiplies these.
 enum BackwardFilter<T> {
     Same(Winograd<T>),
@@ -39,10 +39,9 @@ impl<T: Float> BackwardFilter<T> {
     }
 
     fn backward_input(&self, dy: &[T], shape: &ConvShape, dx: &mut [T]) {
-        let turned = ConvShape { c: shape.o, o: shape.c, ..*shape };
         match self {
-            BackwardFilter::Same(filter) => filter.forward(dy, &turned, Epilogue::default(), dx),
-            BackwardFilter::Wide(filter) => filter.forward(dy, &turned, Epilogue::default(), dx),
+            BackwardFilter::Same(filter) => filter.backward_input(dy, shape, dx),
+            BackwardFilter::Wide(filter) => filter.backward_input(dy, shape, dx),
         }
     }
 }

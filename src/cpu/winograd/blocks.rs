@@ -5,7 +5,7 @@
 
 use super::axes::*;
 use super::check_operands;
-use super::parts::{Part, TileGrid};
+use super::parts::{Extents, Part, TileGrid};
 use super::strips::finish;
 use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
@@ -141,7 +141,8 @@ pub fn forward<T: Float, W: Float>(
     y: &mut [T],
 ) {
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
-    let tiles = TileGrid::new(shape, axis::<W>(1).outputs).count();
+    let extents = Extents::of(shape);
+    let tiles = TileGrid::new(extents, axis::<W>(1).outputs).count();
     if tiles == 0 {
         return;
     }
@@ -156,29 +157,30 @@ pub fn forward<T: Float, W: Float>(
     for_each(groups * blocks, |task| {
         let (first, block) = (task / blocks * group, task % blocks);
         let start = |block: usize| tiles.min(block * rows / blocks * TILE_ROWS);
-        let part = &Part::new(shape, axis::<W>(1), start(block)..start(block + 1));
+        let part = &Part::new(extents, axis::<W>(1), start(block)..start(block + 1));
         let panels = first.min(panels)..(first + group).min(panels);
-        let outputs = Outputs { part, shape, epilogue, y: &out, transform: PhantomData };
+        let outputs = Outputs { part, extents, epilogue, y: &out, transform: PhantomData };
         forward_block(x, filter, &outputs, panels);
     });
 }
 
 /// The outputs of some panels of filters in all tiles of a part.
 fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: &Outputs<T, W>, panels: Range<usize>) {
-    let (part, shape, isa) = (outputs.part, outputs.shape, filter.isa);
+    let (part, extents, isa) = (outputs.part, outputs.extents, filter.isa);
+    let ([_, _, c], [_, _, o]) = (extents.input, extents.output);
     let (count, across, width) = (part.places.len(), values::<W>(1), isa.tile_columns());
     if count == 0 || panels.is_empty() {
         return;
     }
     // [tile][position down][position across][channel]
-    let tile = across * across * shape.c;
+    let tile = across * across * c;
     let mut inputs = Scratch::<W>::take(count * tile);
-    let layout = Layout::of_words(across * shape.c, shape.c, tile, W::PER_WORD);
+    let layout = Layout::of_words(across * c, c, tile, W::PER_WORD);
     let to = &Output::new(&mut inputs);
-    dispatch(isa, Inputs::<T, W, 1> { x, shape, part, tiles: 0..count, channels: 0..shape.c, to, layout });
+    dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
     for panel in panels {
-        let channels = panel * width..shape.o.min((panel + 1) * width);
+        let channels = panel * width..o.min((panel + 1) * width);
         let (inputs, columns) = (&*inputs, channels.len());
         dispatch(isa, Panel { inputs, part, filter, panel, columns, products: &mut products });
         finish::<T, W, 1>(isa, outputs, &products, channels);

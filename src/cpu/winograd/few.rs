@@ -6,12 +6,11 @@
 //! row, and multiplies each with the inputs of all tiles. Taps, which stay in L1, are read once for each row, and their transform along
 //! the columns is not shared among rows: that is less than what stores would cost.
 
-use super::parts::Part;
+use super::parts::{Extents, Part};
 use super::points::*;
 use super::strips::{StripFilter, WORDS};
 use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
-use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output};
 use crate::cpu::parallel::for_each;
@@ -70,13 +69,14 @@ fn group(tiles: usize, phase: usize) -> usize {
 pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     x: &[T],
     filter: &StripFilter<W>,
-    shape: &ConvShape,
+    extents: Extents,
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
     let axis = axis::<W>(STRIDE);
-    let part = &Part::all(shape, axis, 1)[0];
-    let (tiles, words, slots) = (part.places.len(), shape.c / W::PER_WORD, slots(axis));
+    let ([_, _, c], [_, _, o]) = (extents.input, extents.output);
+    let part = &Part::all(extents, axis, 1)[0];
+    let (tiles, words, slots) = (part.places.len(), c / W::PER_WORD, slots(axis));
     let (group, corners) = (group(tiles, phase_slots(axis, 0)), are_corners(part));
     let tile = slots * W::PER_WORD;
     let word = tiles.next_multiple_of(group) * tile;
@@ -87,14 +87,14 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
         inputs.fill(W::default());
     }
     let to = &Output::new(&mut inputs);
-    let halves = halves(shape.c, filter.isa.lanes());
+    let halves = halves(c, filter.isa.lanes());
     for_each(halves.len() * tiles, |i| {
         let (tile, channels) = (i % tiles, halves[i / tiles].clone());
-        dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles: tile..tile + 1, channels, to, layout });
+        dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, extents, part, tiles: tile..tile + 1, channels, to, layout });
     });
-    let outputs = &Outputs { part, shape, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
+    let outputs = &Outputs { part, extents, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
     let (inputs, isa, across) = (&inputs, filter.isa, positions(axis, axis.outputs));
-    for_each(shape.o / isa.lanes(), |vector| {
+    for_each(o / isa.lanes(), |vector| {
         let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });
         let of_group = sums.len() / tiles.div_ceil(group);
         for tile in 0..tiles {

@@ -29,6 +29,7 @@ use super::float::Float;
 use super::gemm::Epilogue;
 use super::simd::Isa;
 use blocks::BlockFilter;
+use parts::{Extents, TileGrid};
 use rows::RowFilter;
 use strips::StripFilter;
 
@@ -71,7 +72,7 @@ const FEW_TILES: usize = 24;
 
 /// Whether what [`blocks`] are for has so few tiles.
 fn has_few_tiles<W: Float>(shape: &ConvShape) -> bool {
-    W::PER_WORD == 1 && parts::TileGrid::new(shape, transforms::axis::<W>(1).outputs).count() < FEW_TILES
+    W::PER_WORD == 1 && TileGrid::new(Extents::of(shape), transforms::axis::<W>(1).outputs).count() < FEW_TILES
 }
 
 /// Filters for Winograd's algorithm whose products are of type `W`.
@@ -111,7 +112,8 @@ impl<W: Float> Winograd<W> {
         match self {
             Winograd::Rows(_) => 1,
             Winograd::Blocks(..) => {
-                let tiles = parts::TileGrid::new(&ConvShape { n: 1, ..*shape }, transforms::axis::<W>(1).outputs);
+                let picture = Extents { images: 1, ..Extents::of(shape) };
+                let tiles = TileGrid::new(picture, transforms::axis::<W>(1).outputs);
                 blocks::ENOUGH_TILES.div_ceil(tiles.count().max(1))
             }
             Winograd::Strips(_) => shape.n,
@@ -126,6 +128,14 @@ impl<W: Float> Winograd<W> {
             }
             Winograd::Blocks(filter, _) => blocks::forward(x, filter, shape, epilogue, y),
             Winograd::Strips(filter) => strips::forward(x, filter, shape, epilogue, y),
+        }
+    }
+
+    /// Gradient to the input by [`Winograd::for_backward_input`] of a convolution of stride one or two.
+    pub(super) fn backward_input<T: Float>(&self, dy: &[T], shape: &ConvShape, dx: &mut [T]) {
+        match self {
+            Winograd::Strips(filter) if shape.stride == [2, 2] => strips::backward_input(dy, filter, shape, dx),
+            filter => filter.forward(dy, &ConvShape { c: shape.o, o: shape.c, ..*shape }, Epilogue::default(), dx),
         }
     }
 }

@@ -20,6 +20,27 @@ pub(super) struct Place {
     pub left: usize,
 }
 
+/// What a convolution reads and what it writes.
+#[derive(Clone, Copy)]
+pub(super) struct Extents {
+    pub images: usize,
+    /// Rows, columns and channels.
+    pub input: [usize; 3],
+    pub output: [usize; 3],
+}
+
+impl Extents {
+    pub fn of(shape: &ConvShape) -> Self {
+        let [oh, ow] = shape.output();
+        Extents { images: shape.n, input: [shape.h, shape.w, shape.c], output: [oh, ow, shape.o] }
+    }
+
+    /// Of the gradient to the input.
+    pub fn turned(self) -> Self {
+        Extents { input: self.output, output: self.input, ..self }
+    }
+}
+
 /// The tiles of a convolution's output.
 #[derive(Clone, Copy)]
 pub(super) struct TileGrid {
@@ -31,8 +52,8 @@ pub(super) struct TileGrid {
 }
 
 impl TileGrid {
-    pub fn new(shape: &ConvShape, outputs: usize) -> Self {
-        TileGrid { images: shape.n, across: shape.output().map(|extent| extent.div_ceil(outputs)), outputs }
+    pub fn new(Extents { images, output: [h, w, _], .. }: Extents, outputs: usize) -> Self {
+        TileGrid { images, across: [h, w].map(|extent| extent.div_ceil(outputs)), outputs }
     }
 
     pub fn count(&self) -> usize {
@@ -68,14 +89,14 @@ pub(super) struct Part {
 
 impl Part {
     /// All tiles of the output, in `parts` of about the same size.
-    pub fn all(shape: &ConvShape, axis: Axis, parts: usize) -> Vec<Part> {
-        let count = TileGrid::new(shape, axis.outputs).count();
-        (0..parts).map(|i| Part::new(shape, axis, i * count / parts..(i + 1) * count / parts)).collect()
+    pub fn all(extents: Extents, axis: Axis, parts: usize) -> Vec<Part> {
+        let count = TileGrid::new(extents, axis.outputs).count();
+        (0..parts).map(|i| Part::new(extents, axis, i * count / parts..(i + 1) * count / parts)).collect()
     }
 
     /// Some tiles.
-    pub fn new(shape: &ConvShape, axis: Axis, tiles: Range<usize>) -> Part {
-        let (output, grid, whole) = (shape.output(), TileGrid::new(shape, axis.outputs), axis.outputs);
+    pub fn new(extents: Extents, axis: Axis, tiles: Range<usize>) -> Part {
+        let (output, grid, whole) = (extents.output, TileGrid::new(extents, axis.outputs), axis.outputs);
         let [down_edge, right_edge] = std::array::from_fn(|i| output[i] - (grid.across[i] - 1) * whole);
         let outputs = [[whole; 2], [whole, right_edge], [down_edge, whole], [down_edge, right_edge]];
         let mut places: Vec<(usize, Place)> = tiles

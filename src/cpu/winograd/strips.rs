@@ -1,4 +1,4 @@
-//! Winograd's algorithm for 3x3 filters of many channels, with a stride of one or two.
+//! Winograd's algorithm for 3x3 filters of many channels, with a stride of one or two, and the gradient to the input of the latter.
 //!
 //! Transformed filters are four or nine times as large as filters. Where there are many channels they do not fit a cache, and reading
 //! them would take longer than making them: so they are made when they are used. All inputs are transformed first. Then a task
@@ -10,7 +10,7 @@
 
 use super::check_operands;
 use super::few;
-use super::parts::{Part, TileGrid, spread};
+use super::parts::{Extents, Part, TileGrid, spread};
 use super::points::*;
 use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
@@ -30,6 +30,15 @@ const STRIP: usize = 64;
 const PART: usize = 128;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
 const TRANSFORMED: usize = 11 << 20;
+/// Where a strided convolution has so few strips, a task transforms the inputs of its own tiles and takes all strips of them: inputs that
+/// are used so seldom would take as long to go through the last cache as the products do. With a stride of one there are more values of a
+/// filter, 81 and not 36, than to transform them for so few tiles.
+const FEW_STRIPS: usize = 2;
+/// Bytes of what such a task has of inputs and of the sums of a strip: they stay in L2.
+const ALONE: usize = 3 << 19;
+/// Tiles of such a task, and such tasks at least.
+const ENOUGH_TILES: usize = 24;
+const ENOUGH_PARTS: usize = 8;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
@@ -127,64 +136,141 @@ pub fn forward<T: Float, W: Float>(
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
     match shape.stride {
-        [1, 1] => forward_strided::<T, W, 1>(x, filter, shape, epilogue, y),
-        [2, 2] => forward_strided::<T, W, 2>(x, filter, shape, epilogue, y),
+        [1, 1] => few_or_strips::<T, W, 1>(x, filter, Extents::of(shape), epilogue, y),
+        [2, 2] => few_or_strips::<T, W, 2>(x, filter, Extents::of(shape), epilogue, y),
         stride => panic!("strides {stride:?} have no tiles"),
     }
 }
 
-fn forward_strided<T: Float, W: Float, const STRIDE: usize>(
+/// Gradient to the input of a 3x3 filter of padding one and a stride of two; `filter` is [`StripFilter::for_backward_input`].
+pub fn backward_input<T: Float, W: Float>(dy: &[T], filter: &StripFilter<W>, shape: &ConvShape, dx: &mut [T]) {
+    assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.stride == [2, 2]);
+    assert_eq!([shape.o, shape.c], [filter.c, filter.o], "the filter's channels");
+    assert!(shape.o <= MAX_CHANNELS);
+    shape.check(dx.len(), dy.len());
+    in_strips::<T, W, HALF>(dy, filter, Extents::of(shape).turned(), Epilogue::default(), dx);
+}
+
+fn few_or_strips<T: Float, W: Float, const STRIDE: usize>(
     x: &[T],
     filter: &StripFilter<W>,
-    shape: &ConvShape,
+    extents: Extents,
     epilogue: Epilogue<T>,
     y: &mut [T],
 ) {
-    let tiles = TileGrid::new(shape, axis::<W>(STRIDE).outputs).count();
-    if tiles == 0 {
-        return;
+    let tiles = TileGrid::new(extents, axis::<W>(STRIDE).outputs).count();
+    match few::suits::<W>(filter.isa, STRIDE, tiles) {
+        true if tiles > 0 => few::forward::<T, W, STRIDE>(x, filter, extents, epilogue, y),
+        _ => in_strips::<T, W, STRIDE>(x, filter, extents, epilogue, y),
     }
-    if few::suits::<W>(filter.isa, STRIDE, tiles) {
-        return few::forward::<T, W, STRIDE>(x, filter, shape, epilogue, y);
+}
+
+fn in_strips<T: Float, W: Float, const STRIDE: usize>(
+    x: &[T],
+    filter: &StripFilter<W>,
+    extents: Extents,
+    epilogue: Epilogue<T>,
+    y: &mut [T],
+) {
+    let tiles = TileGrid::new(extents, axis::<W>(STRIDE).outputs).count();
+    let strips = extents.output[2].div_ceil(STRIP);
+    let convolution = Convolution::<T, W, STRIDE> { x, filter, extents, epilogue, y: Output::new(y), tiles, strips };
+    match convolution.parts_alone() {
+        Some(parts) => for_each(parts, |part| convolution.alone(part * tiles / parts..(part + 1) * tiles / parts)),
+        None if tiles > 0 => convolution.together(),
+        None => {}
     }
-    let slots = slots(axis::<W>(STRIDE));
-    let groups = (tiles * slots * slots * shape.c * size_of::<W>()).div_ceil(TRANSFORMED);
-    let parts_of_group = (tiles.div_ceil(groups.max(1))).div_ceil(PART);
-    let parts = Part::all(shape, axis::<W>(STRIDE), groups * parts_of_group);
-    let strips = shape.o.div_ceil(STRIP);
-    let out = Output::new(y);
-    // What is multiplied at a slot, some words of all tiles, lies together.
-    let words = shape.c / W::PER_WORD;
-    let tile = words.min(WORDS) * W::PER_WORD;
-    let layout = |part: &Part| {
+}
+
+/// What the tasks of a convolution share.
+struct Convolution<'a, T, W, const STRIDE: usize> {
+    x: &'a [T],
+    filter: &'a StripFilter<W>,
+    extents: Extents,
+    epilogue: Epilogue<'a, T>,
+    y: Output<T>,
+    /// How many there are of all.
+    tiles: usize,
+    strips: usize,
+}
+
+impl<T: Float, W: Float, const STRIDE: usize> Convolution<'_, T, W, STRIDE> {
+    const AXIS: Axis = axis::<W>(STRIDE);
+
+    /// Bytes of a tile's transformed inputs.
+    fn inputs_of_tile(&self) -> usize {
+        slots(Self::AXIS).pow(2) * self.filter.c * size_of::<W>()
+    }
+
+    /// In how many parts tiles should go all the way alone, if they should.
+    fn parts_alone(&self) -> Option<usize> {
+        let sums_of_tile = positions(Self::AXIS, Self::AXIS.outputs).pow(2) * STRIP * size_of::<f32>();
+        let part = ALONE / (self.inputs_of_tile() + sums_of_tile) / TILE_ROWS * TILE_ROWS;
+        let suits = STRIDE != 1 && self.strips <= FEW_STRIPS && part >= ENOUGH_TILES;
+        suits.then(|| self.tiles.div_ceil(part)).filter(|parts| *parts >= ENOUGH_PARTS)
+    }
+
+    /// All outputs of some tiles, on this thread.
+    fn alone(&self, tiles: Range<usize>) {
+        let part = Part::new(self.extents, Self::AXIS, tiles);
+        let mut inputs = self.room(&part);
+        self.transform(&part, 0..part.places.len(), 0..self.filter.c, &Output::new(&mut inputs));
+        (0..self.strips).for_each(|strip| self.strip(&part, &inputs, strip));
+    }
+
+    /// All tiles: threads share the inputs that they transform.
+    fn together(&self) {
+        let (c, isa) = (self.filter.c, self.filter.isa);
+        let groups = (self.tiles * self.inputs_of_tile()).div_ceil(TRANSFORMED);
+        let parts_of_group = self.tiles.div_ceil(groups.max(1)).div_ceil(PART);
+        let parts = Part::all(self.extents, Self::AXIS, groups * parts_of_group);
+        let channels = if self.tiles > ONE_PICTURE { [0..c, 0..0] } else { halves(c, isa.lanes()) };
+        for parts in parts.chunks(parts_of_group.max(1)) {
+            let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| self.room(part)).collect();
+            let to: Vec<Output<W>> = inputs.iter_mut().map(|inputs| Output::new(inputs)).collect();
+            let pieces = channels
+                .iter()
+                .filter(|channels| !channels.is_empty())
+                .flat_map(|channels| parts.iter().enumerate().map(move |(i, part)| (i, part.places.len(), channels)))
+                .flat_map(|(i, tiles, channels)| {
+                    let starts = (0..tiles).step_by(TOGETHER);
+                    starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
+                });
+            for_each_of(pieces, |(i, tiles, channels)| self.transform(&parts[i], tiles, channels, &to[i]));
+            for_each(parts.len() * self.strips, |task| {
+                let (part, strip) = (task / self.strips, task % self.strips);
+                self.strip(&parts[part], &inputs[part], strip);
+            });
+        }
+    }
+
+    /// Room for the transformed inputs of a part.
+    fn room(&self, part: &Part) -> Scratch<W> {
+        Scratch::take(slots(Self::AXIS) * self.layout(part).row)
+    }
+
+    /// What is multiplied at a slot, some words of all tiles, lies together.
+    fn layout(&self, part: &Part) -> Layout {
+        let words = self.filter.c / W::PER_WORD;
+        let tile = words.min(WORDS) * W::PER_WORD;
         let block = part.places.len() * tile;
         let slot = spread(words.div_ceil(WORDS) * block);
-        Layout { row: slots * slot, slot, tile, word: W::PER_WORD, block }
-    };
-    let channels = if tiles > ONE_PICTURE { [0..shape.c, 0..0] } else { halves(shape.c, filter.isa.lanes()) };
-    for parts in parts.chunks(parts_of_group.max(1)) {
-        let mut inputs: Vec<Scratch<W>> = parts.iter().map(|part| Scratch::take(slots * layout(part).row)).collect();
-        let to: Vec<Output<W>> = inputs.iter_mut().map(|inputs| Output::new(inputs)).collect();
-        let pieces = channels
-            .iter()
-            .filter(|channels| !channels.is_empty())
-            .flat_map(|channels| parts.iter().enumerate().map(move |(i, part)| (i, part.places.len(), channels)))
-            .flat_map(|(i, tiles, channels)| {
-                let starts = (0..tiles).step_by(TOGETHER);
-                starts.map(move |start| (i, start..tiles.min(start + TOGETHER), channels.clone()))
-            });
-        for_each_of(pieces, |(i, tiles, channels)| {
-            let (part, to) = (&parts[i], &to[i]);
-            let layout = layout(part);
-            dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, shape, part, tiles, channels, to, layout });
-        });
-        for_each(parts.len() * strips, |task| {
-            let (part, strip) = (task / strips, task % strips);
-            let (part, inputs) = (&parts[part], &inputs[part]);
-            let outputs = &Outputs { part, shape, epilogue, y: &out, transform: PhantomData::<W> };
-            let sums = dispatch(filter.isa, Strip::<W, STRIDE> { inputs, layout: layout(part), filter, strip, part });
-            finish::<T, W, STRIDE>(filter.isa, outputs, &sums, strip * STRIP..shape.o.min((strip + 1) * STRIP));
-        });
+        Layout { row: slots(Self::AXIS) * slot, slot, tile, word: W::PER_WORD, block }
+    }
+
+    /// Transforms the inputs of some tiles of a part.
+    fn transform(&self, part: &Part, tiles: Range<usize>, channels: Range<usize>, to: &Output<W>) {
+        let (x, extents, layout) = (self.x, self.extents, self.layout(part));
+        dispatch(self.filter.isa, Inputs::<T, W, STRIDE> { x, extents, part, tiles, channels, to, layout });
+    }
+
+    /// The outputs of a strip in all tiles of a part.
+    fn strip(&self, part: &Part, inputs: &[W], strip: usize) {
+        let Convolution { filter, extents, epilogue, .. } = *self;
+        let (isa, o) = (filter.isa, extents.output[2]);
+        let outputs = &Outputs { part, extents, epilogue, y: &self.y, transform: PhantomData::<W> };
+        let sums = dispatch(isa, Strip::<W, STRIDE> { inputs, layout: self.layout(part), filter, strip, part });
+        finish::<T, W, STRIDE>(isa, outputs, &sums, strip * STRIP..o.min((strip + 1) * STRIP));
     }
 }
 
@@ -241,9 +327,12 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
         // Taps are read from memory once and then from L2, and sums, of which there is more, one after the other.
         for start in (0..words).step_by(WORDS) {
             let words = start..words.min(start + WORDS);
-            for (i, sums) in sums.chunks_exact_mut(across * position_len).enumerate() {
-                for row in slots_at(axis::<W>(STRIDE), i) {
-                    self.transform_filters(simd, value_of::<W>(STRIDE, row), words.clone(), columns, &mut filters);
+            for value in 0..const { values::<W>(STRIDE) } {
+                self.transform_filters(simd, value, words.clone(), columns, &mut filters);
+                let rows = 0..slots(axis::<W>(STRIDE));
+                for row in rows.filter(|&row| Slots::<W, STRIDE>::value(row) == value) {
+                    let i = Slots::<W, STRIDE>::position(row);
+                    let sums = &mut sums[i * across * position_len..][..across * position_len];
                     for (j, sums) in sums.chunks_exact_mut(position_len).enumerate() {
                         let at = Products { position: [i, j], row, words: words.clone(), columns };
                         self.multiply(simd, at, &filters, sums);
@@ -331,14 +420,14 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         if tiles.is_empty() {
             return;
         }
-        for slot in slots_at(axis::<W>(STRIDE), j) {
+        for slot in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::position(slot) == j) {
             let filters =
-                &filters[value_of::<W>(STRIDE, slot) * spread(panels * depth * width)..][..panels * depth * width];
+                &filters[Slots::<W, STRIDE>::value(slot) * spread(panels * depth * width)..][..panels * depth * width];
             let inputs = &self.inputs[row * layout.row + slot * layout.slot + words.start / WORDS * layout.block..];
             let inputs = &inputs[..(part.places.len() - 1) * layout.tile + depth];
             // For each class, where the inputs of a first tile would begin and how far it is to the next, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
-                let has = has_slot(axis::<W>(STRIDE), down, row) && has_slot(axis::<W>(STRIDE), across, slot);
+                let has = Slots::<W, STRIDE>::has(down, row) && Slots::<W, STRIDE>::has(across, slot);
                 if has { (inputs.as_ptr(), layout.tile) } else { (ZEROS[..words.len()].as_ptr().cast(), 0) }
             });
             let run = |tile: usize| {

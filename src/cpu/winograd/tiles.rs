@@ -1,11 +1,10 @@
 //! Tiles on both sides of the products: the transforms of their inputs, and of their sums to outputs.
 
-use super::parts::{Part, Place};
+use super::parts::{Extents, Part, Place};
 use super::points::*;
 use super::strips::WORDS;
 use super::transforms::*;
 use super::window::Window;
-use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output};
 use crate::cpu::simd::{Simd, Task};
@@ -43,7 +42,7 @@ pub(super) fn halves(channels: usize, lanes: usize) -> [Range<usize>; 2] {
 /// `B^T d B` of some channels of some tiles of a part.
 pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
     pub x: &'a [T],
-    pub shape: &'a ConvShape,
+    pub extents: Extents,
     pub part: &'a Part,
     pub tiles: Range<usize>,
     /// Whole vectors.
@@ -59,7 +58,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        assert!(self.channels.end <= self.shape.c && self.channels.len().is_multiple_of(S::LANES));
+        assert!(self.channels.end <= self.extents.input[2] && self.channels.len().is_multiple_of(S::LANES));
         let mut room = Room::new();
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
@@ -81,10 +80,10 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
     /// What a tile sees.
     #[inline(always)]
     fn window(&self, tile: usize) -> Window<'a, T> {
-        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.part.places[tile]);
-        let first = [top, left].map(|at| (STRIDE * at) as isize - 1);
+        let Place { image, top, left } = self.part.places[tile];
+        let first = [top, left].map(|at| first_input(axis::<W>(STRIDE), at));
         let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        Window::new(self.x, image, [h, w, c], first, seen)
+        Window::new(self.x, image, self.extents.input, first, seen)
     }
 
     /// Along the columns of a tile of `M` outputs down, to the room.
@@ -139,7 +138,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         let mut apart = [W::default(); MAX * LANES];
         let word = channel / W::PER_WORD;
         let first = word / WORDS * block_step + word % WORDS * word_step;
-        for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| has_slot(axis::<W>(STRIDE), down, slot)) {
+        for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::has(down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
             let row_of_room =
@@ -176,7 +175,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
 /// What becomes of the sums of a part.
 pub(super) struct Outputs<'a, T, W> {
     pub part: &'a Part,
-    pub shape: &'a ConvShape,
+    pub extents: Extents,
     pub epilogue: Epilogue<'a, T>,
     pub y: &'a Output<T>,
     pub transform: PhantomData<W>,
@@ -268,15 +267,15 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     /// The first value of a row of a tile's outputs.
     #[inline(always)]
     fn first_of_row(&self, tile: usize, i: usize) -> usize {
-        let Outputs { part, shape, .. } = self.outputs;
-        let (Place { image, top, left }, [oh, ow]) = (part.places[tile], shape.output());
-        ((image * oh + top + i) * ow + left) * shape.o
+        let Outputs { part, extents, .. } = self.outputs;
+        let (Place { image, top, left }, [h, w, o]) = (part.places[tile], extents.output);
+        ((image * h + top + i) * w + left) * o
     }
 
     /// Asks for a part of the next tile's outputs, and of what is added to them: a vector of each pixel of a row.
     #[inline(always)]
     fn prefetch_next<S: Simd>(&self, simd: S, step: usize, across: usize) {
-        let Outputs { part, shape, epilogue, y, .. } = self.outputs;
+        let Outputs { part, extents, epilogue, y, .. } = self.outputs;
         let vectors = self.channels.len() / S::LANES;
         let (row, vector) = (step / vectors, step % vectors);
         if row >= const { axis::<W>(STRIDE).outputs } {
@@ -285,7 +284,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
         let tile = (self.tile + 1).min(part.places.len() - 1);
         let first = self.first_of_row(tile, row) + self.channels.start + vector * S::LANES;
         for j in 0..across {
-            let at = first + j * shape.o;
+            let at = first + j * extents.output[2];
             simd.prefetch(y.pointer().wrapping_add(at).cast_const().cast());
             if let Some(residual) = epilogue.residual {
                 simd.prefetch(residual.as_ptr().wrapping_add(at).cast());
@@ -296,8 +295,8 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
     #[inline(always)]
     fn transform_rows<S: Simd, const M: usize>(&self, simd: S, channel: usize, down: usize, room: &mut Room) {
-        let Outputs { shape, epilogue, y, .. } = self.outputs;
-        let o = shape.o;
+        let Outputs { extents, epilogue, y, .. } = self.outputs;
+        let o = extents.output[2];
         // Copies, which no store to the result can change.
         let (epilogue, y) = (*epilogue, y.pointer());
         // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.

@@ -24,6 +24,9 @@ const OF_FOUR: [Point; 6] = [Some(0.0), None, Some(1.0), Some(-1.0), Some(2.0), 
 /// about the same size.
 const ROUNDED: [Point; 6] = [Some(0.0), None, Some(0.6875), Some(-0.6875), Some(1.5), Some(-1.5)];
 
+/// Stands for a stride of one half: two outputs for each input, as has the gradient to the input of a stride of two.
+pub(super) const HALF: usize = 0;
+
 /// The filter along an axis, and its tiles where products are of type `W`.
 pub(super) const fn axis<W: Float>(stride: usize) -> Axis {
     let (outputs, points): (usize, &'static [Point]) = match (W::PER_WORD, stride) {
@@ -31,7 +34,10 @@ pub(super) const fn axis<W: Float>(stride: usize) -> Axis {
         (1, _) => (4, &OF_FOUR),
         _ => (4, &ROUNDED),
     };
-    Axis { taps: TAPS, stride, outputs, points }
+    match stride {
+        HALF => Axis { taps: TAPS, stride: 2, spread: true, outputs: 2 * outputs, points },
+        _ => Axis { taps: TAPS, stride, spread: false, outputs, points },
+    }
 }
 
 /// Taps along the rows of [`super::rows`], and their phases.
@@ -60,7 +66,7 @@ const ROW_OF_FOUR: [Point; 7] = [Some(0.0), None, Some(1.0), Some(-1.0), Some(2.
 pub(super) const fn row_axis<W: Float>() -> Axis {
     let (outputs, points): (usize, &'static [Point]) =
         if W::PER_WORD == 1 { (7, &ROW_OF_SEVEN) } else { (4, &ROW_OF_FOUR) };
-    Axis { taps: ROW_TAPS, stride: PHASES, outputs, points }
+    Axis { taps: ROW_TAPS, stride: PHASES, spread: false, outputs, points }
 }
 
 /// Positions of a whole tile along a row.
@@ -102,7 +108,7 @@ pub(super) use vectors;
 /// Runs `$body` with `$M` the constant that `$m` is, the outputs of a tile of `$axis`.
 macro_rules! with_outputs {
     ($axis:expr, $m:expr, $M:ident => $body:expr) => {
-        with_outputs!(@ $axis, $m, $M $body, 1 2 3 5 6 7)
+        with_outputs!(@ $axis, $m, $M $body, 1 2 3 5 6 7 8)
     };
     (@ $axis:expr, $m:expr, $M:ident $body:expr, $($i:literal)*) => {
         match $m {
@@ -157,7 +163,7 @@ macro_rules! transform {
 
 transform!(
     /// `G`: the taps of a filter to its values at the slots, but one for a phase of one tap, which has the same at every point.
-    Filter<STRIDE>: TAPS => values::<W>(STRIDE), first_rows(filter_matrix(axis::<W>(STRIDE)), Self::RESULTS), to_points
+    Filter<STRIDE>: TAPS => values::<W>(STRIDE), value_matrix::<W>(STRIDE), to_points
 );
 transform!(
     /// `B^T`: the inputs of a tile of `M` outputs to its slots.
@@ -226,6 +232,16 @@ const fn clamped<W: Float>(stride: usize, m: usize) -> usize {
     if m < whole { m } else { whole }
 }
 
+/// `G` with a row for each value.
+const fn value_matrix<W: Float>(stride: usize) -> Square {
+    let (slots_of, mut out, mut slot) = (filter_matrix::<MAX>(axis::<W>(stride)), [[0.0; MAX]; MAX], 0);
+    while slot < slots(axis::<W>(stride)) {
+        out[value_of::<W>(stride, slot)] = slots_of[slot];
+        slot += 1;
+    }
+    out
+}
+
 /// Zeros after the first rows.
 const fn first_rows(mut matrix: Square, rows: usize) -> Square {
     let mut i = rows;
@@ -244,15 +260,58 @@ pub(super) const fn has<W: Float>(stride: usize, m: usize, slot: usize) -> bool 
 
 /// Values of a filter along an axis.
 pub(super) const fn values<W: Float>(stride: usize) -> usize {
-    value_of::<W>(stride, MAX) + 1
+    value_of::<W>(stride, slots(axis::<W>(stride)) - 1) + 1
 }
 
 /// The value of a slot.
 pub(super) const fn value_of<W: Float>(stride: usize, slot: usize) -> usize {
     let axis = axis::<W>(stride);
-    // The last phase of a strided filter of three taps has one.
-    let last = if stride == 1 { slots(axis) - 1 } else { first_slot(axis, stride - 1) };
-    if slot < last { slot } else { last }
+    match phase_and_point(axis, slot) {
+        (0, point) => point,
+        // The second phase of a filter of three taps has one.
+        _ => phase_slots(axis, 0),
+    }
+}
+
+/// What there is to know about slots, computed with the code: for numbers that are known only when it runs.
+pub(super) struct Slots<W, const STRIDE: usize>(PhantomData<W>);
+
+impl<W: Float, const STRIDE: usize> Slots<W, STRIDE> {
+    const COUNT: usize = slots(axis::<W>(STRIDE));
+    /// Whether a tile of so many outputs has a slot.
+    const HAS: [[bool; MAX]; MAX] = {
+        let (mut out, mut i) = ([[false; MAX]; MAX], 0);
+        while i < MAX * MAX {
+            out[i / MAX][i % MAX] = i / MAX > 0 && has::<W>(STRIDE, i / MAX, i % MAX);
+            i += 1;
+        }
+        out
+    };
+    /// The position and the value of each.
+    const AT: [[usize; 2]; MAX] = {
+        let (mut out, mut slot) = ([[MAX; 2]; MAX], 0);
+        while slot < Self::COUNT {
+            out[slot] = [position_of(axis::<W>(STRIDE), slot), value_of::<W>(STRIDE, slot)];
+            slot += 1;
+        }
+        out
+    };
+
+    /// Whether a tile of `m` outputs has the slot.
+    #[inline(always)]
+    pub(super) fn has(m: usize, slot: usize) -> bool {
+        Self::HAS[m][slot]
+    }
+
+    #[inline(always)]
+    pub(super) fn position(slot: usize) -> usize {
+        Self::AT[slot][0]
+    }
+
+    #[inline(always)]
+    pub(super) fn value(slot: usize) -> usize {
+        Self::AT[slot][1]
+    }
 }
 
 /// Which other row is the same but for signs.

@@ -7,7 +7,7 @@
 mod sums;
 
 use super::Algorithm;
-use super::parts::{TileGrid, spread};
+use super::parts::{Extents, TileGrid, spread};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
@@ -77,7 +77,7 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (c, o) = (shape.c, shape.o);
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
-    let (grid, sums) = (TileGrid::new(shape, M), Sums::<W, M>::new(isa, c, o));
+    let (grid, sums) = (TileGrid::new(Extents::of(shape), M), Sums::<W, M>::new(isa, c, o));
     if grid.count() == 0 {
         return dfilter.fill(0.0);
     }
@@ -119,7 +119,7 @@ const GROUPS: usize = 8;
 /// Whether [`backward_filter_by_pictures`] is for this convolution: a picture's tiles take more room than the sums.
 pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     let outputs = if T::PER_WORD == 1 || !super::multiplies::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
-    let tiles = TileGrid::new(&ConvShape { n: 1, ..*shape }, outputs).count();
+    let tiles = TileGrid::new(Extents { images: 1, ..Extents::of(shape) }, outputs).count();
     suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
 }
 
@@ -151,7 +151,7 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
     let image = ConvShape { n: 1, ..*shape };
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
-    let (sums, tiles) = (Sums::<W, M>::new(isa, shape.c, shape.o), TileGrid::new(&image, M).count());
+    let (sums, tiles) = (Sums::<W, M>::new(isa, shape.c, shape.o), TileGrid::new(Extents::of(&image), M).count());
     // Two threads' tiles stay in the last cache together.
     let part = sums.tiles_of(TRANSFORMED / 2).min(tiles.max(1)).next_multiple_of(W::PER_WORD);
     let pictures = shape.n.div_ceil(GROUPS).max(1);

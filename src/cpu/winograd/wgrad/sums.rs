@@ -1,7 +1,7 @@
 //! The sums over tiles that a filter's gradient is made of, and the transforms before and after them.
 
 use super::super::axes::*;
-use super::super::parts::{Place, TileGrid, spread};
+use super::super::parts::{Extents, Place, TileGrid, spread};
 use super::super::transforms::*;
 use super::super::window::Window;
 use crate::cpu::conv::ConvShape;
@@ -74,7 +74,7 @@ impl<W: Float, const M: usize> Sums<W, M> {
         let (to_inputs, to_gradients) = (&Output::new(&mut inputs), &Output::new(&mut gradients));
         for_each(words.div_ceil(BLOCK_WORDS), |block| {
             let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
-            let (tiles, grid) = (tiles.clone(), TileGrid::new(shape, M));
+            let (tiles, grid) = (tiles.clone(), TileGrid::new(Extents::of(shape), M));
             let (inputs, gradients) = (to_inputs, to_gradients);
             dispatch(
                 self.isa,
