@@ -299,6 +299,7 @@ fn winograd_on_layers_of_the_network() {
         // More blocks, parts and groups of parts than one.
         check_winograd(stride, [3, 41, 42], 16, 80);
     }
+    check_winograd(2, [2, 90, 91], 64, 16);
     // Enough tiles that tasks transform their own.
     check_winograd(2, [3, 122, 123], 64, 16);
 }

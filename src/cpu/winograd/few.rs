@@ -134,7 +134,7 @@ impl<W: Float, const STRIDE: usize> Task for Vector<'_, W, STRIDE> {
             let words = start..words.min(start + together(STRIDE));
             for row in 0..const { slots(axis::<W>(STRIDE)) } {
                 for (i, sums) in sums.chunks_exact_mut(group).enumerate() {
-                    let sums = &mut sums[position_of(axis::<W>(STRIDE), row) * across * TILES * S::LANES..];
+                    let sums = &mut sums[Slots::<W, STRIDE>::position(row) * across * TILES * S::LANES..];
                     self.multiply(simd, words.clone(), row, i, sums);
                 }
             }
@@ -161,9 +161,9 @@ impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
             group: self.group,
             corners: self.corners,
             sums: sums.as_mut_ptr(),
-            first: words.start == 0 && row == position_of(axis, row),
+            first: words.start == 0 && row == Slots::<W, STRIDE>::position(row),
         };
-        let value = value_of::<W>(STRIDE, row);
+        let value = Slots::<W, STRIDE>::value(row);
         unrolled!(ROW => {
             if const { ROW < values::<W>(STRIDE) } && ROW == value {
                 // SAFETY: there are as many taps, inputs and sums, as the slices say.

@@ -20,6 +20,7 @@ pub mod rows;
 pub mod rows_wgrad;
 pub mod strips;
 mod tiles;
+mod tilings;
 mod transforms;
 pub mod wgrad;
 mod window;

@@ -8,6 +8,8 @@
 //! Tiles at the bottom and at the right end where the image does (`points.rs`). Tiles of a task are ordered by their
 //! extents, so that those that have a position lie together.
 
+mod filter;
+
 use super::check_operands;
 use super::few;
 use super::parts::{Extents, Part, TileGrid, spread};
@@ -16,11 +18,11 @@ use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile, narrowed};
+use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::{for_each, for_each_of};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use rayon::prelude::*;
+pub use filter::StripFilter;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -50,80 +52,6 @@ const TOGETHER: usize = 4;
 const ONE_PICTURE: usize = 64;
 /// Input channels at most: what a pixel of padding can stand for.
 pub(super) const MAX_CHANNELS: usize = 512;
-
-/// Filters in the order in which they are transformed: `[vector of output channels][word of input channels][tap][lane][channel of
-/// the word]`. `W` is the type whose products are taken.
-pub struct StripFilter<W> {
-    pub(super) isa: Isa,
-    pub(super) taps: Scratch<W>,
-    pub(super) c: usize,
-    pub(super) o: usize,
-}
-
-impl<W: Float> StripFilter<W> {
-    /// From filters `[o, 3, 3, c]`; `c` is a whole number of words and `o` of vectors.
-    pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let filter = &*narrowed::<W>(filter);
-        let tap_len = isa.lanes() * W::PER_WORD;
-        Self::pack(isa, filter, c, o, |channels, columns, out| {
-            for (i, column) in columns.enumerate() {
-                for tap in 0..TAPS * TAPS {
-                    let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
-                    let words = out[tap * tap_len + i * W::PER_WORD..].chunks_mut(TAPS * TAPS * tap_len);
-                    for (out, values) in words.zip(values.chunks_exact(W::PER_WORD)) {
-                        out[..W::PER_WORD].copy_from_slice(values);
-                    }
-                }
-            }
-        })
-    }
-
-    /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
-    /// turned by half a turn and their channels exchanged, which must be whole numbers of words and of vectors.
-    pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let filter = &*narrowed::<W>(filter);
-        let tap_len = isa.lanes() * W::PER_WORD;
-        Self::pack(isa, filter, o, c, |channels, columns, out| {
-            for (i, channel) in channels.enumerate() {
-                let (word, lane) = (i / W::PER_WORD, i % W::PER_WORD);
-                let taps = out[word * TAPS * TAPS * tap_len..].chunks_exact_mut(tap_len).take(TAPS * TAPS);
-                for (tap, out) in taps.enumerate() {
-                    let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
-                    let values = &filter[start..][columns.clone()];
-                    let out = out[lane..].iter_mut().step_by(W::PER_WORD);
-                    out.zip(values).for_each(|(out, &value)| *out = value);
-                }
-            }
-        })
-    }
-
-    /// From `c` to `o` channels; `copy(channels, columns, out)` fills some channels of a vector's.
-    fn pack(
-        isa: Isa,
-        filter: &[W],
-        c: usize,
-        o: usize,
-        copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
-    ) -> Self {
-        // What is written together stays in L1.
-        const CHANNELS: usize = 32;
-        let lanes = isa.lanes();
-        assert_eq!(filter.len(), o * TAPS * TAPS * c);
-        assert!(c.is_multiple_of(W::PER_WORD) && o.is_multiple_of(lanes), "channels are whole words and vectors");
-        let mut taps = Scratch::take(filter.len());
-        taps.par_chunks_exact_mut(c * TAPS * TAPS * lanes).enumerate().for_each(|(vector, out)| {
-            for (i, out) in out.chunks_mut(CHANNELS * TAPS * TAPS * lanes).enumerate() {
-                copy(i * CHANNELS..c.min((i + 1) * CHANNELS), vector * lanes..(vector + 1) * lanes, out);
-            }
-        });
-        StripFilter { isa, taps, c, o }
-    }
-
-    /// Where the taps of a vector of output channels begin for a word of input channels.
-    pub(super) fn start(&self, vector: usize, word: usize) -> usize {
-        (vector * self.c + word * W::PER_WORD) * TAPS * TAPS * self.isa.lanes()
-    }
-}
 
 /// `y = epilogue(conv(x, filter))` for a 3x3 filter of padding one and stride one or two.
 pub fn forward<T: Float, W: Float>(

@@ -98,8 +98,7 @@ impl<W: Float, const M: usize> Sums<W, M> {
         let inputs = &inputs[position * self.layout.inputs(*words) + panel * panel_len..][..panel_len];
         let position_len = self.layout.gradients(*words);
         let gradients = &gradients[position * position_len..][..words * word];
-        let position = position_len;
-        dispatch(self.isa, Multiply { gradients, inputs, word, position, filters, first, sums });
+        dispatch(self.isa, Multiply { gradients, inputs, word, position_len, filters, first, sums });
     }
 
     /// [`Sums::multiply`] of all.
@@ -252,7 +251,7 @@ struct Multiply<'a, W> {
     inputs: &'a [W],
     /// Values from one word of gradients to the next, and from one position to the next.
     word: usize,
-    position: usize,
+    position_len: usize,
     filters: Range<usize>,
     first: bool,
     sums: &'a mut [f32],
@@ -278,7 +277,7 @@ impl<W: Float> Task for Multiply<'_, W> {
                 Far([Stream::new(next, runs.len() * width, runs.len() * self.filters.len().div_ceil(TILE_ROWS))]);
             // After the last of the filters come the first in the next slice, or at the next position.
             let last = (i + 1) * SLICE * self.word >= self.gradients.len();
-            let next = if last { self.position - i * SLICE * self.word } else { SLICE * self.word };
+            let next = if last { self.position_len - i * SLICE * self.word } else { SLICE * self.word };
             let (filters, first) = (0..self.filters.len(), self.first && i == 0);
             let beyond = next / W::PER_WORD - filters.len();
             multiply_runs(simd, &runs, filters, beyond, inputs, first, self.sums, width, ahead);
