@@ -298,6 +298,17 @@ macro_rules! combine {
     }};
 }
 
+/// The only factor that is not zero, and of which value, if it is a power of two.
+const fn only_power(row: &[f32; MAX]) -> Option<(usize, f32)> {
+    let (at, mut others, mut i) = (first_of(row), 0, 0);
+    while i < MAX {
+        others += (i != at && row[i] != 0.0) as usize;
+        i += 1;
+    }
+    let mantissa = row[at].to_bits() & ((1 << (f32::MANTISSA_DIGITS - 1)) - 1);
+    if others == 0 && mantissa == 0 && row[at] != 0.0 { Some((at, row[at])) } else { None }
+}
+
 /// A row of a transform, and the one that is the same but for signs. What they agree in and what they do not is computed in the same way
 /// for both, so that the compiler computes it once.
 struct Row<X, const ROW: usize>(PhantomData<X>);
@@ -312,12 +323,21 @@ impl<X: Transform, const ROW: usize> Row<X, ROW> {
     const SAME: [f32; MAX] = common(&X::MATRIX, Self::PAIR, true);
     const DIFFERENT: [f32; MAX] = common(&X::MATRIX, Self::PAIR, false);
     const HOWS: [[How; MAX]; 2] = [hows(&Self::SAME), hows(&Self::DIFFERENT)];
+    /// What they do not agree in, as this row has it, where that is a power of two of one value: a multiple is not rounded, and so it can
+    /// be added as it is multiplied.
+    const POWER: Option<(usize, f32)> = match only_power(&Self::DIFFERENT) {
+        Some((_, 1.0 | -1.0)) | None => None,
+        Some((at, factor)) => Some((at, if Self::PAIR[0] == ROW { factor } else { -factor })),
+    };
 
     #[inline(always)]
     fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
         let same = combine!(simd, Self::SAME, Self::HOWS[0], values);
         if const { Self::PAIR[0] == Self::PAIR[1] } {
             return same;
+        }
+        if let Some((at, factor)) = const { Self::POWER } {
+            return simd.mul_add(simd.splat(factor), values[at], same);
         }
         let different = combine!(simd, Self::DIFFERENT, Self::HOWS[1], values);
         if const { Self::PAIR[0] == ROW } { simd.add(same, different) } else { simd.sub(same, different) }
