@@ -13,7 +13,7 @@ use super::points::*;
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Output, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::{for_each, for_each_of};
 use crate::cpu::pool::{PoolShape, max_pool_row};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -203,7 +203,10 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                 for (start, (runs, sums)) in (0..count).step_by(TILE_ROWS).zip(groups) {
                     let extents = [TILE_ROWS.min(count - start), columns];
                     let first = seen.offset([0, position, 0]) / W::PER_WORD;
-                    let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr(), ()) };
+                    // The next tile's sums, which follow.
+                    let next = sums.as_ptr_range().end;
+                    let ahead = Near([Stream::new(next, TILE_ROWS * width, runs.len() * c)]);
+                    let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr(), ahead) };
                     // SAFETY: a tile has its words at every place of every row, and `b` has as many rows as runs have words, as
                     // asserted; there is a full tile of sums.
                     unsafe { tile.compute(simd) };
