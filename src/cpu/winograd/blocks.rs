@@ -147,16 +147,16 @@ pub fn forward<T: Float, W: Float>(
         return;
     }
     let panels = shape.o.div_ceil(filter.isa.tile_columns());
-    // Blocks are whole rows of the micro-kernel's tiles, and an even number of them, so that two threads share one picture well.
-    let rows = tiles.div_ceil(TILE_ROWS);
-    let blocks = tiles.div_ceil(BLOCK_TILES).next_multiple_of(2).min(rows);
+    // The micro-kernel takes pairs of tiles, and two threads share one picture well.
+    let pairs = tiles.div_ceil(2);
+    let blocks = tiles.div_ceil(BLOCK_TILES).next_multiple_of(2).min(pairs);
     // Each group of panels transforms the inputs again.
     let groups = TASKS.div_ceil(blocks).min(panels);
     let group = panels.div_ceil(groups);
     let out = Output::new(y);
     for_each(groups * blocks, |task| {
         let (first, block) = (task / blocks * group, task % blocks);
-        let start = |block: usize| tiles.min(block * rows / blocks * TILE_ROWS);
+        let start = |block: usize| tiles.min(block * pairs / blocks * 2);
         let part = &Part::new(extents, axis::<W>(1), start(block)..start(block + 1));
         let panels = first.min(panels)..(first + group).min(panels);
         let outputs = Outputs { part, extents, epilogue, y: &out, transform: PhantomData };
@@ -175,7 +175,7 @@ fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: 
     // [tile][position down][position across][channel]
     let tile = across * across * c;
     let mut inputs = Scratch::<W>::take(count * tile);
-    let layout = Layout::of_words(across * c, c, tile, W::PER_WORD);
+    let layout = Layout { row: across * c, slot: c, tile, block: 0, words: c / W::PER_WORD };
     let to = &Output::new(&mut inputs);
     dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);

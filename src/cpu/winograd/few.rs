@@ -78,10 +78,10 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     let part = &Part::all(extents, axis, 1)[0];
     let (tiles, words, slots) = (part.places.len(), c / W::PER_WORD, slots(axis));
     let (group, corners) = (group(tiles, phase_slots(axis, 0)), are_corners(part));
-    let tile = slots * W::PER_WORD;
-    let word = tiles.next_multiple_of(group) * tile;
-    let layout = Layout::of_words(words * word, W::PER_WORD, tile, word);
-    let mut inputs = Scratch::<W>::take(slots * layout.row);
+    let slot = together(STRIDE) * W::PER_WORD;
+    let row = tiles.next_multiple_of(group) * slots * slot;
+    let layout = Layout { row, slot, tile: slots * slot, block: slots * row, words: together(STRIDE) };
+    let mut inputs = Scratch::<W>::take(words.div_ceil(layout.words) * layout.block);
     if STRIDE > 1 {
         // A tile at an edge may have a position, but not all slots that meet there.
         inputs.fill(W::default());
@@ -108,7 +108,8 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
 
 /// Sums of a vector of channels in all tiles: `[group of tiles][position down][position across][tile of the group]`, vectors.
 struct Vector<'a, W, const STRIDE: usize> {
-    /// `[slot down][word][tile][slot across]`, whole groups of tiles; positions and tiles that there are not may read anything.
+    /// `[block of words][slot down][tile][slot across][word]`, whole groups of tiles and whole blocks; positions and tiles that there are
+    /// not may read anything.
     inputs: &'a [W],
     layout: Layout,
     filter: &'a StripFilter<W>,
@@ -150,13 +151,12 @@ impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
         let axis = axis::<W>(STRIDE);
         let (word_len, tiles) = (TAPS * TAPS * S::LANES * W::PER_WORD, self.layout.tile * self.group);
         let taps = &self.filter.taps[self.filter.start(self.vector, words.start)..][..words.len() * word_len];
-        let inputs =
-            &self.inputs[row * self.layout.row + group * tiles..][..(words.end - 1) * self.layout.word + tiles];
+        let block = &self.inputs[words.start / together(STRIDE) * self.layout.block..][..self.layout.block];
+        let inputs = &block[row * self.layout.row + group * tiles..][..tiles];
         assert!(sums.len() >= positions(axis, axis.outputs) * TILES * S::LANES);
         let product = Product {
             taps: taps.as_ptr(),
-            inputs: inputs[words.start * self.layout.word..].as_ptr().cast(),
-            step: self.layout.word / W::PER_WORD,
+            inputs: inputs.as_ptr().cast(),
             words: words.len(),
             group: self.group,
             corners: self.corners,
@@ -241,9 +241,8 @@ const fn lines_of(row: usize, rows: usize) -> [usize; 2] {
 struct Product<W> {
     /// `[word][tap]`, vectors of words.
     taps: *const W,
-    /// `[word][tile][slot across]`, words; `step` from one word of channels to the next.
+    /// `[tile][slot across][word]`, words; what comes next follows.
     inputs: *const f32,
-    step: usize,
     words: usize,
     /// As in [`Vector`].
     group: usize,
@@ -347,7 +346,7 @@ impl<W: Float> Product<W> {
         let tap_len = S::LANES * W::PER_WORD;
         for word in 0..self.words {
             let taps = self.taps.wrapping_add(word * TAPS * TAPS * tap_len);
-            let inputs = self.inputs.wrapping_add(word * self.step);
+            let inputs = self.inputs.wrapping_add(word);
             if PART == 0 {
                 // The rows of the filters' values share the lines of the words that come next, which they ask for one after the other:
                 // so the memory asks for others ahead itself.
@@ -357,6 +356,14 @@ impl<W: Float> Product<W> {
                 unrolled!(LINE => {
                     if LINE < lines {
                         simd.prefetch_near(ahead.wrapping_add(LINE * tap_len).cast());
+                    }
+                });
+                // And the inputs that come next, as many as this word's filters are multiplied with.
+                let of_word = const { GROUP * slots(axis::<W>(STRIDE)) };
+                let ahead = self.inputs.wrapping_add(of_word * (together(STRIDE) + word));
+                unrolled!(LINE => {
+                    if LINE * LANES < of_word {
+                        simd.prefetch_near(ahead.wrapping_add(LINE * LANES));
                     }
                 });
             }
@@ -392,7 +399,7 @@ impl<W: Float> Product<W> {
                     unrolled!(TILE in 0 1 2 3 => {
                         if has!(I, TILE) {
                             // SAFETY: the contract.
-                            let input = unsafe { inputs.add(TILE * across + slot).read_unaligned() };
+                            let input = unsafe { inputs.add((TILE * across + slot) * together(STRIDE)).read_unaligned() };
                             let sum = &mut sums[I][TILE];
                             *sum = W::multiply_words(simd, simd.splat(input), value, *sum);
                         }

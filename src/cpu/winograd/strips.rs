@@ -38,8 +38,9 @@ const TRANSFORMED: usize = 11 << 20;
 const FEW_STRIPS: usize = 2;
 /// Bytes of what such a task has of inputs and of the sums of a strip: they stay in L2.
 const ALONE: usize = 3 << 19;
-/// Tiles of such a task, and such tasks at least.
+/// Tiles of such a task at least.
 const ENOUGH_TILES: usize = 24;
+/// Fewer such tasks are as many for each thread.
 const ENOUGH_PARTS: usize = 8;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
@@ -134,8 +135,13 @@ impl<T: Float, W: Float, const STRIDE: usize> Convolution<'_, T, W, STRIDE> {
     fn parts_alone(&self) -> Option<usize> {
         let sums_of_tile = positions(Self::AXIS, Self::AXIS.outputs).pow(2) * STRIP * size_of::<f32>();
         let part = ALONE / (self.inputs_of_tile() + sums_of_tile) / TILE_ROWS * TILE_ROWS;
-        let suits = STRIDE != 1 && self.strips <= FEW_STRIPS && part >= ENOUGH_TILES;
-        suits.then(|| self.tiles.div_ceil(part)).filter(|parts| *parts >= ENOUGH_PARTS)
+        if STRIDE == 1 || self.strips > FEW_STRIPS || part < ENOUGH_TILES {
+            return None;
+        }
+        let (parts, threads) = (self.tiles.div_ceil(part), rayon::current_num_threads());
+        let few = parts < ENOUGH_PARTS;
+        let parts = if few { parts.next_multiple_of(threads) } else { parts };
+        (!few || self.tiles >= parts * ENOUGH_TILES).then_some(parts)
     }
 
     /// All outputs of some tiles, on this thread.
@@ -183,7 +189,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Convolution<'_, T, W, STRIDE> {
         let tile = words.min(WORDS) * W::PER_WORD;
         let block = part.places.len() * tile;
         let slot = spread(words.div_ceil(WORDS) * block);
-        Layout { row: slots(Self::AXIS) * slot, slot, tile, word: W::PER_WORD, block }
+        Layout { row: slots(Self::AXIS) * slot, slot, tile, block, words: WORDS }
     }
 
     /// Transforms the inputs of some tiles of a part.

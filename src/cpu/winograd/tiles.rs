@@ -2,7 +2,6 @@
 
 use super::parts::{Extents, Part, Place};
 use super::points::*;
-use super::strips::WORDS;
 use super::transforms::*;
 use super::window::Window;
 use crate::cpu::float::Float;
@@ -19,17 +18,10 @@ pub(super) struct Layout {
     /// Slots across.
     pub slot: usize,
     pub tile: usize,
-    /// Words of channels.
-    pub word: usize,
-    /// Blocks of [`WORDS`] of them.
+    /// Blocks of words of channels.
     pub block: usize,
-}
-
-impl Layout {
-    /// Where all words are equally far apart.
-    pub fn of_words(row: usize, slot: usize, tile: usize, word: usize) -> Self {
-        Layout { row, slot, tile, word, block: WORDS * word }
-    }
+    /// The words of a block, which lie one after the other.
+    pub words: usize,
 }
 
 /// The channels of one picture's inputs in two halves: tasks in the order of their channels, as those are that compute outputs, so that a
@@ -131,13 +123,9 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         down: usize,
         room: &mut Room,
     ) {
-        let Layout { row: row_step, slot: slot_step, tile: tile_step, word: word_step, block: block_step } =
-            self.layout;
-        // Words that do not lie together go there one by one.
-        let together = word_step == W::PER_WORD;
-        let mut apart = [W::default(); MAX * LANES];
-        let word = channel / W::PER_WORD;
-        let first = word / WORDS * block_step + word % WORDS * word_step;
+        let Layout { row: row_step, slot: slot_step, tile: tile_step, block: block_step, words } = self.layout;
+        let block = words * W::PER_WORD;
+        let first = channel / block * block_step + channel % block;
         for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::has(down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
@@ -145,29 +133,14 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
                 vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
             let values = Input::<W, STRIDE, M>::apply(simd, &row_of_room);
             let at = row * row_step + tile * tile_step + first;
-            let (to, step) = match together {
-                // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
-                true => (unsafe { self.to.pointer().add(at) }, slot_step),
-                false => (apart.as_mut_ptr(), S::LANES),
-            };
+            // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
+            let to = unsafe { self.to.pointer().add(at) };
             unrolled!(SLOT => {
                 if const { has::<W>(STRIDE, M, SLOT) } {
-                    // SAFETY: as above; `apart` has a vector for each slot.
-                    unsafe { W::store(simd, to.add(SLOT * step), values[SLOT]) };
+                    // SAFETY: as above.
+                    unsafe { W::store(simd, to.add(SLOT * slot_step), values[SLOT]) };
                 }
             });
-            if together {
-                continue;
-            }
-            for (slot, vector) in apart.chunks_exact(S::LANES).enumerate().take(slots(axis::<W>(STRIDE))) {
-                for (i, word) in vector.chunks_exact(W::PER_WORD).enumerate() {
-                    // SAFETY: as above; a tile that lacks the slot may hold anything there.
-                    unsafe {
-                        let to = self.to.pointer().add(at + slot * slot_step + i * word_step);
-                        to.copy_from_nonoverlapping(word.as_ptr(), W::PER_WORD);
-                    }
-                }
-            }
         }
     }
 }
