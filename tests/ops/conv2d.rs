@@ -343,9 +343,10 @@ fn winograd_is_for_what_it_suits() {
     }
 }
 
-/// A picture's outputs are the same bits alone and in company, whatever the algorithm.
+/// A picture's outputs are the same bits alone and in company, whatever the algorithm and however many threads there are.
 #[test]
 fn company_changes_no_bit() {
+    let pools = [1, 2, 5].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
     for (c, o, h, stride) in [
         (64, 64, 9, 1),
         (64, 64, 21, 1),
@@ -372,10 +373,12 @@ fn company_changes_no_bit() {
             let all = run(batch.clone());
             for n in 1..=2 {
                 let pictures = &batch.as_slice::<f32>()[3 * h * h * c..][..n * h * h * c];
-                let few = run(Tensor::from_slice(pictures, [n, h, h, c]).unwrap());
-                let outputs = few.len() / n;
-                let what = format!("{c} channels, stride {stride}, {n} pictures in {dtype:?}");
-                assert!(few == all[3 * outputs..][..n * outputs], "{what}");
+                for pool in &pools {
+                    let few = pool.install(|| run(Tensor::from_slice(pictures, [n, h, h, c]).unwrap()));
+                    let (outputs, threads) = (few.len() / n, pool.current_num_threads());
+                    let what = format!("{c} channels, stride {stride}, {n} pictures in {dtype:?} on {threads} threads");
+                    assert!(few == all[3 * outputs..][..n * outputs], "{what}");
+                }
             }
         }
     }
