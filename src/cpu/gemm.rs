@@ -136,14 +136,10 @@ impl<T: Float> Task for Block<'_, T> {
                     let b_block = &b.panel(panel)[(block.taps.start * run + block.words.start) * width * T::PER_WORD..];
                     let b_len = block.taps.len() * words * width;
                     assert!(b_block.len() >= b_len * T::PER_WORD && block.words.end <= run);
-                    // What follows of B, a half of its share by each of two streams: all of it is read once by few rows.
+                    // What follows of B, which few rows read once.
                     let next = b_block.as_ptr().cast::<f32>().wrapping_add(b_len);
-                    let share = b_len.div_ceil(2 * tiles);
                     for tile in 0..tiles {
-                        let stream = |half| {
-                            let from = next.wrapping_add((2 * tile + half) * share);
-                            Stream::new(from, share, block.taps.len() * words)
-                        };
+                        let ahead = Far::share(next, b_len, [tile, tiles], block.taps.len() * words);
                         let sums = partial.get_mut((panel - first) * sums_len + tile * TILE_ROWS * width..);
                         let sums = sums.map_or(std::ptr::null_mut(), |sums| sums.as_mut_ptr());
                         let tile = Tile {
@@ -159,7 +155,7 @@ impl<T: Float> Task for Block<'_, T> {
                             before: (i > 0).then_some(sums),
                             after: (i + 1 < blocks.len()).then_some(sums),
                             epilogue,
-                            ahead: Far([stream(0), stream(1)]),
+                            ahead,
                         };
                         // SAFETY: `runs` are readable for all words of a run and `b` for all of the block's times the tile's
                         // width, as checked above; there is more than one block where sums are kept, and room for a tile of

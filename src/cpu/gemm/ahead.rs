@@ -57,6 +57,16 @@ impl<const N: usize> Ahead for Near<N> {
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Far<const N: usize>(pub(in crate::cpu) [Stream; N]);
 
+impl Far<2> {
+    /// The share of tile `i` of `tiles` that ask for `floats` floats together, a half of it by each of two streams, while `words` words
+    /// are multiplied.
+    #[inline(always)]
+    pub(in crate::cpu) fn share(from: *const f32, floats: usize, [i, tiles]: [usize; 2], words: usize) -> Self {
+        let half = floats.div_ceil(2 * tiles.max(1));
+        Far([2 * i, 2 * i + 1].map(|i| Stream::new(from.wrapping_add(i * half), half, words)))
+    }
+}
+
 impl<const N: usize> Ahead for Far<N> {
     #[inline(always)]
     fn ask<S: Simd>(&mut self, simd: S) {

@@ -11,7 +11,7 @@ use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Far, Output, Stream, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Far, Output, TILE_ROWS, Tile};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -218,13 +218,12 @@ impl<W: Float> Task for Panel<'_, W> {
             assert!(b.len() >= depth * width);
             let kind = self.part.kind([position / across, position % across]);
             let (words, count) = (depth / W::PER_WORD, runs[kind].len());
-            // The filters at the next position: a half of its share by each of two streams.
+            // The filters at the next position.
             let next = self.filter.after(position, self.panel);
-            let share = (words * width).div_ceil(2 * count.max(1));
             let groups = self.part.tiles[kind].chunks(TILE_ROWS).zip(runs[kind].chunks_exact(1)).enumerate();
             for ((i, (tiles, runs)), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
-                let stream = |half: usize| Stream::new(next.wrapping_add((2 * i + half) * share), share, words);
-                let (extents, ahead) = ([tiles.len(), self.columns], Far([stream(0), stream(1)]));
+                let extents = [tiles.len(), self.columns];
+                let ahead = Far::share(next, words * width, [i, count], words);
                 let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
                 let tile = Tile { first: position * words, ..tile };
                 // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full

@@ -71,7 +71,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
     filter: &StripFilter<W>,
     extents: Extents,
     epilogue: Epilogue<T>,
-    y: &mut [T],
+    y: &Output<T>,
 ) {
     let axis = axis::<W>(STRIDE);
     let ([_, _, c], [_, _, o]) = (extents.input, extents.output);
@@ -92,7 +92,7 @@ pub(super) fn forward<T: Float, W: Float, const STRIDE: usize>(
         let (tile, channels) = (i % tiles, halves[i / tiles].clone());
         dispatch(filter.isa, Inputs::<T, W, STRIDE> { x, extents, part, tiles: tile..tile + 1, channels, to, layout });
     });
-    let outputs = &Outputs { part, extents, epilogue, y: &Output::new(y), transform: PhantomData::<W> };
+    let outputs = &Outputs { part, extents, epilogue, y, transform: PhantomData::<W> };
     let (inputs, isa, across) = (&inputs, filter.isa, positions(axis, axis.outputs));
     for_each(o / isa.lanes(), |vector| {
         let sums = &dispatch(isa, Vector::<W, STRIDE> { inputs, layout, filter, vector, tiles, group, corners });

@@ -90,8 +90,13 @@ pub(super) struct Part {
 impl Part {
     /// All tiles of the output, in `parts` of about the same size.
     pub fn all(extents: Extents, axis: Axis, parts: usize) -> Vec<Part> {
+        (0..parts).map(|i| Part::one_of(extents, axis, [i, parts])).collect()
+    }
+
+    /// Part `i` of `parts` of [`Part::all`].
+    pub fn one_of(extents: Extents, axis: Axis, [i, parts]: [usize; 2]) -> Part {
         let count = TileGrid::new(extents, axis.outputs).count();
-        (0..parts).map(|i| Part::new(extents, axis, i * count / parts..(i + 1) * count / parts)).collect()
+        Part::new(extents, axis, i * count / parts..(i + 1) * count / parts)
     }
 
     /// Some tiles.

@@ -65,8 +65,8 @@ pub fn forward<T: Float, W: Float>(
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.c <= MAX_CHANNELS);
     match shape.stride {
-        [1, 1] => few_or_strips::<T, W, 1>(x, filter, Extents::of(shape), epilogue, y),
-        [2, 2] => few_or_strips::<T, W, 2>(x, filter, Extents::of(shape), epilogue, y),
+        [1, 1] => Convolution::<T, W, 1>::new(x, filter, Extents::of(shape), epilogue, y).in_few_or_strips(),
+        [2, 2] => Convolution::<T, W, 2>::new(x, filter, Extents::of(shape), epilogue, y).in_few_or_strips(),
         stride => panic!("strides {stride:?} have no tiles"),
     }
 }
@@ -77,38 +77,8 @@ pub fn backward_input<T: Float, W: Float>(dy: &[T], filter: &StripFilter<W>, sha
     assert_eq!([shape.o, shape.c], [filter.c, filter.o], "the filter's channels");
     assert!(shape.o <= MAX_CHANNELS);
     shape.check(dx.len(), dy.len());
-    in_strips::<T, W, HALF>(dy, filter, Extents::of(shape).turned(), Epilogue::default(), dx);
-}
-
-fn few_or_strips<T: Float, W: Float, const STRIDE: usize>(
-    x: &[T],
-    filter: &StripFilter<W>,
-    extents: Extents,
-    epilogue: Epilogue<T>,
-    y: &mut [T],
-) {
-    let tiles = TileGrid::new(extents, axis::<W>(STRIDE).outputs).count();
-    match few::suits::<W>(filter.isa, STRIDE, tiles) {
-        true if tiles > 0 => few::forward::<T, W, STRIDE>(x, filter, extents, epilogue, y),
-        _ => in_strips::<T, W, STRIDE>(x, filter, extents, epilogue, y),
-    }
-}
-
-fn in_strips<T: Float, W: Float, const STRIDE: usize>(
-    x: &[T],
-    filter: &StripFilter<W>,
-    extents: Extents,
-    epilogue: Epilogue<T>,
-    y: &mut [T],
-) {
-    let tiles = TileGrid::new(extents, axis::<W>(STRIDE).outputs).count();
-    let strips = extents.output[2].div_ceil(STRIP);
-    let convolution = Convolution::<T, W, STRIDE> { x, filter, extents, epilogue, y: Output::new(y), tiles, strips };
-    match convolution.parts_alone() {
-        Some(parts) => for_each(parts, |part| convolution.alone(part * tiles / parts..(part + 1) * tiles / parts)),
-        None if tiles > 0 => convolution.together(),
-        None => {}
-    }
+    let extents = Extents::of(shape).turned();
+    Convolution::<T, W, HALF>::new(dy, filter, extents, Epilogue::default(), dx).in_strips();
 }
 
 /// What the tasks of a convolution share.
@@ -123,8 +93,30 @@ struct Convolution<'a, T, W, const STRIDE: usize> {
     strips: usize,
 }
 
-impl<T: Float, W: Float, const STRIDE: usize> Convolution<'_, T, W, STRIDE> {
+impl<'a, T: Float, W: Float, const STRIDE: usize> Convolution<'a, T, W, STRIDE> {
     const AXIS: Axis = axis::<W>(STRIDE);
+
+    fn new(x: &'a [T], filter: &'a StripFilter<W>, extents: Extents, epilogue: Epilogue<'a, T>, y: &mut [T]) -> Self {
+        let tiles = TileGrid::new(extents, Self::AXIS.outputs).count();
+        let strips = extents.output[2].div_ceil(STRIP);
+        Convolution { x, filter, extents, epilogue, y: Output::new(y), tiles, strips }
+    }
+
+    fn in_few_or_strips(&self) {
+        let Convolution { x, filter, extents, epilogue, ref y, tiles, .. } = *self;
+        match few::suits::<W>(filter.isa, STRIDE, tiles) {
+            true if tiles > 0 => few::forward::<T, W, STRIDE>(x, filter, extents, epilogue, y),
+            _ => self.in_strips(),
+        }
+    }
+
+    fn in_strips(&self) {
+        match self.parts_alone() {
+            Some(parts) => for_each(parts, |i| self.alone(&Part::one_of(self.extents, Self::AXIS, [i, parts]))),
+            None if self.tiles > 0 => self.together(),
+            None => {}
+        }
+    }
 
     /// Bytes of a tile's transformed inputs.
     fn inputs_of_tile(&self) -> usize {
@@ -144,12 +136,11 @@ impl<T: Float, W: Float, const STRIDE: usize> Convolution<'_, T, W, STRIDE> {
         (!few || self.tiles >= parts * ENOUGH_TILES).then_some(parts)
     }
 
-    /// All outputs of some tiles, on this thread.
-    fn alone(&self, tiles: Range<usize>) {
-        let part = Part::new(self.extents, Self::AXIS, tiles);
-        let mut inputs = self.room(&part);
-        self.transform(&part, 0..part.places.len(), 0..self.filter.c, &Output::new(&mut inputs));
-        (0..self.strips).for_each(|strip| self.strip(&part, &inputs, strip));
+    /// All outputs of a part, on this thread.
+    fn alone(&self, part: &Part) {
+        let mut inputs = self.room(part);
+        self.transform(part, 0..part.places.len(), 0..self.filter.c, &Output::new(&mut inputs));
+        (0..self.strips).for_each(|strip| self.strip(part, &inputs, strip));
     }
 
     /// All tiles: threads share the inputs that they transform.
