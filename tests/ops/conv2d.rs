@@ -285,7 +285,8 @@ fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o
         assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in strips"));
         let mut dw = vec![f32::NAN; w.len()];
         wgrad::backward_filter_by::<f32, W>(isa, &x, &dy, &shape, &mut dw);
-        assert_close(&dw, &want_dw, tolerance, &name("gradient to the filter"));
+        // It has far more values than the others, each a sum over a few tiles, of which rounding does not average out.
+        assert_close(&dw, &want_dw, 2.0 * tolerance, &name("gradient to the filter"));
     }
 }
 
