@@ -45,7 +45,7 @@ fn convolutions(c: &mut Criterion) {
             b.iter(|| conv::forward(black_box(&x), &packed, &shape, Epilogue::default(), &mut y));
         });
         group.bench_function(BenchmarkId::new("backward_input", name(&shape)), |b| {
-            b.iter(|| conv::backward_input(isa, black_box(&y), &w, &shape, &mut dx));
+            b.iter(|| conv::backward_input(isa, black_box(&y), &w, &shape, &mut dx, false));
         });
         group.bench_function(BenchmarkId::new("backward_filter", name(&shape)), |b| {
             b.iter(|| conv::backward_filter(isa, black_box(&x), &y, &shape, &mut dw));

@@ -19,8 +19,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Maps the gradient of an operation's output to those of its inputs, in their order. The gradient comes by value, so that
-/// a rule may overwrite it. The flags say which inputs need a gradient; `None` is accepted for those that do not.
-pub type Rule = Box<dyn FnOnce(Tensor, &[bool]) -> Result<Vec<Option<Tensor>>> + Send>;
+/// a rule may overwrite it. `None` is accepted for inputs that do not need a gradient.
+pub type Rule = Box<dyn FnOnce(Tensor, &mut Needs) -> Result<Vec<Option<Tensor>>> + Send>;
+
+/// Which inputs of an operation need a gradient.
+pub struct Needs {
+    needed: Vec<bool>,
+    earlier: Vec<Option<Tensor>>,
+}
+
+impl Needs {
+    /// The sum of the gradients that other operations have already given for an input: whoever takes it adds its own. What is not taken is
+    /// added afterwards, in one more pass over both.
+    pub fn take_earlier(&mut self, input: usize) -> Option<Tensor> {
+        self.earlier[input].take()
+    }
+}
+
+impl std::ops::Deref for Needs {
+    type Target = [bool];
+
+    fn deref(&self) -> &[bool] {
+        &self.needed
+    }
+}
 
 /// How a tensor came to be, as far as gradients are concerned.
 pub(crate) enum History {
@@ -156,12 +178,21 @@ impl Tensor {
                     node.op
                 ))
             })?;
-            let needs: Vec<bool> = node.edges.iter().map(Option::is_some).collect();
-            let inputs = rule(gradient, &needs)?;
+            let earlier = |edge: &Option<Edge>| match edge {
+                Some(Edge::Node(node)) => pending.remove(&node.sequence).map(|(_, sum)| sum),
+                _ => None,
+            };
+            let mut needs = Needs {
+                needed: node.edges.iter().map(Option::is_some).collect(),
+                earlier: node.edges.iter().map(earlier).collect(),
+            };
+            let inputs = rule(gradient, &mut needs)?;
             debug_assert_eq!(inputs.len(), node.edges.len(), "{}: one gradient an input", node.op);
-            for (edge, gradient) in node.edges.iter().zip(inputs) {
-                if let (Some(edge), Some(gradient)) = (edge, gradient) {
-                    send(edge, gradient, &mut pending)?;
+            for ((edge, gradient), earlier) in node.edges.iter().zip(inputs).zip(needs.earlier) {
+                for gradient in [earlier, gradient].into_iter().flatten() {
+                    if let Some(edge) = edge {
+                        send(edge, gradient, &mut pending)?;
+                    }
                 }
             }
         }

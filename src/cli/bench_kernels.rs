@@ -112,7 +112,7 @@ fn passes<'a>(shape: &'a ConvShape, first: bool, tensors: &'a [Tensor; 3], devic
                 passes.push((
                     "dgrad",
                     Box::new(move || {
-                        conv::backward_input(isa, y.as_slice(), w.as_slice(), shape, &mut dx);
+                        conv::backward_input(isa, y.as_slice(), w.as_slice(), shape, &mut dx, false);
                         Ok(())
                     }),
                 ));

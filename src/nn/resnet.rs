@@ -74,11 +74,13 @@ impl BasicBlock {
 
     /// What the second convolution takes, and what is added to it.
     fn halfway(&self, x: &Tensor, training: bool) -> Result<[Tensor; 2]> {
-        let y = self.conv1.forward(x, None, true, training)?;
+        // The gradient of what is recorded first comes last: that of a strided shortcut, zero but for every fourth pixel, is then added to
+        // the other.
         let shortcut = match &self.downsample {
             Some(downsample) => downsample.forward(x, None, false, training)?,
             None => x.clone(),
         };
+        let y = self.conv1.forward(x, None, true, training)?;
         Ok([y, shortcut])
     }
 }

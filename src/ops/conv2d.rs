@@ -5,12 +5,12 @@
 
 use super::batch_norm::BatchStatistics;
 use super::{require_f32, require_float, require_one_device, require_vector};
-use crate::autograd::record;
+use crate::autograd::{Needs, record};
 use crate::cpu::conv::{ConvShape, Purpose};
 use crate::cpu::gemm::Epilogue;
 use crate::cpu::{Float, Isa};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, Tensor, with_float};
+use crate::tensor::{DType, Device, Element, Tensor, with_float};
 use crate::{cpu, cuda};
 
 /// Stride and zero padding, for rows and for columns.
@@ -109,7 +109,7 @@ fn convolve(
                 return Ok([dx, dweight].into_iter().chain(dbias.transpose()?).collect());
             }
             with_float!(dy.dtype(), T => {
-                let mut gradients = gradients::<T>(&dy, saved_x, saved_weight, &shape).to_vec();
+                let mut gradients = gradients::<T>(&dy, saved_x, saved_weight, &shape, needs).to_vec();
                 if let Some(&needed) = needs.get(2) {
                     let sums = || Tensor::build([shape.o], |db| cpu::norm::column_sums::<T>(dy.as_slice(), db));
                     gradients.push(needed.then(sums));
@@ -121,17 +121,19 @@ fn convolve(
     Ok((y, statistics))
 }
 
-/// On the CPU the gradients to the input, for which the filter is given, and to the filter, for which the input is.
+/// On the CPU the gradients to the input, for which the filter is given, and to the filter, for which the input is. The first is added to
+/// the earlier ones of that input, the first one of the operation.
 pub(super) fn gradients<T: Float>(
     dy: &Tensor,
     x: Option<Tensor>,
     weight: Option<Tensor>,
     shape: &ConvShape,
+    needs: &mut Needs,
 ) -> [Option<Tensor>; 2] {
     let (isa, dy) = (Isa::current(), dy.as_slice::<T>());
     let dx = weight.map(|weight| {
-        Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
-            cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), shape, dx)
+        added_to_earlier(needs, [shape.n, shape.h, shape.w, shape.c], |dx, accumulate| {
+            cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), shape, dx, accumulate)
         })
     });
     let dweight = x.map(|x| {
@@ -140,4 +142,16 @@ pub(super) fn gradients<T: Float>(
         })
     });
     [dx, dweight]
+}
+
+/// The gradient to an operation's first input, by `compute(gradient, accumulate)`: added to the earlier ones where there are any.
+pub(super) fn added_to_earlier<T: Element>(
+    needs: &mut Needs,
+    dims: [usize; 4],
+    compute: impl FnOnce(&mut [T], bool),
+) -> Tensor {
+    match needs.take_earlier(0) {
+        Some(earlier) => earlier.map_in_place(|sum| compute(sum, true)),
+        None => Tensor::build(dims, |gradient| compute(gradient, false)),
+    }
 }

@@ -96,16 +96,18 @@ pub fn conv2d_norm_act(
                         let (x, make) = (x.as_slice(), |rows: Range<usize>, out: &mut [T]| dz.of_rows(rows, out));
                         let mut dx = None;
                         let dweight = Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| match saved_weight {
-                            None => backward_as_made(isa, x, &shape, &make, dw, None),
+                            None => backward_as_made(isa, x, &shape, &make, dw, None, false),
                             Some(weight) => {
-                                dx = Some(Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| {
-                                    backward_as_made(isa, x, &shape, &make, dw, Some((weight.as_slice(), dx)));
+                                let dims = [shape.n, shape.h, shape.w, shape.c];
+                                dx = Some(conv2d::added_to_earlier(needs, dims, |dx, accumulate| {
+                                    let with_input = Some((weight.as_slice(), dx));
+                                    backward_as_made(isa, x, &shape, &make, dw, with_input, accumulate);
                                 }));
                             }
                         });
                         [dx, Some(dweight)]
                     }
-                    (Some(dz), x) => conv2d::gradients::<T>(&dz.whole::<T>(), x, saved_weight, &shape),
+                    (Some(dz), x) => conv2d::gradients::<T>(&dz.whole::<T>(), x, saved_weight, &shape, needs),
                     (None, _) => [None, None],
                 };
                 Ok(of_conv.into_iter().chain([gradients.gamma, gradients.beta]).chain(gradients.residual).collect())

@@ -105,7 +105,8 @@ pub(crate) fn fused_conv2d_into(
     // Types and devices that match.
     macro_rules! on_cpu {
         ($T:ty, $filter:expr, $bias:expr) => {{
-            let epilogue = Epilogue { bias: Some($bias), residual: residual.map(|r| r.as_slice()), relu };
+            let epilogue =
+                Epilogue { bias: Some($bias), residual: residual.map(|r| r.as_slice()), relu, ..Default::default() };
             cpu::conv::forward(x.as_slice(), $filter, &shape, epilogue, &mut y.as_mut_slice::<$T>()[elements]);
             Ok(())
         }};
@@ -149,7 +150,7 @@ pub fn fused_conv2d_max_pool(
     // Types and devices that match.
     macro_rules! on_cpu {
         ($filter:expr, $bias:expr) => {{
-            let epilogue = Epilogue { bias: Some($bias), residual: None, relu };
+            let epilogue = Epilogue { bias: Some($bias), relu, ..Default::default() };
             Ok(Tensor::build(dims, |y| {
                 cpu::conv::forward_max_pool(x.as_slice(), $filter, &shape, epilogue, &pooling, y)
             }))

@@ -92,11 +92,19 @@ fn check_in<T: Float>(shape: ConvShape, tolerance: f64, transformed: f64) {
             assert_close(&wide(&y), &want[0], transformed, &name(&format!("forward {purpose:?}")));
         }
         let mut dx = vec![T::from_f32(f32::NAN); x.len()];
-        conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx);
+        conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx, false);
         assert_close(&wide(&dx), &want[1], tolerance, &name("direct backward_input"));
         dx.fill(T::from_f32(f32::NAN));
-        conv::backward_input(isa, &dy, &w, &shape, &mut dx);
+        conv::backward_input(isa, &dy, &w, &shape, &mut dx, false);
         assert_close(&wide(&dx), &want[1], transformed, &name("backward_input"));
+        // The input stands for what is there already.
+        let sum: Vec<f64> = want[1].iter().zip(&x).map(|(dx, x)| dx + f64::from(x.to_f32())).collect();
+        dx.copy_from_slice(&x);
+        conv::backward_input_directly(isa, &dy, &w, &shape, &mut dx, true);
+        assert_close(&wide(&dx), &sum, tolerance, &name("direct backward_input, added"));
+        dx.copy_from_slice(&x);
+        conv::backward_input(isa, &dy, &w, &shape, &mut dx, true);
+        assert_close(&wide(&dx), &sum, transformed, &name("backward_input, added"));
         let mut dw = vec![f32::NAN; w.len()];
         conv::backward_filter_directly(isa, &x, &dy, &shape, &mut dw);
         assert_close(&dw, &want[2], tolerance, &name("direct backward_filter"));
@@ -251,7 +259,7 @@ fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o
     let (bias, residual) = (values(o, 4), values(want.len(), 5));
     let finished: Vec<f64> =
         want.iter().enumerate().map(|(i, y)| (y + f64::from(bias[i % o]) + f64::from(residual[i])).max(0.0)).collect();
-    let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true };
+    let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), relu: true, ..Default::default() };
     for isa in Isa::supported().filter(|isa| winograd::algorithm(*isa, &shape, c, o) != Algorithm::Direct) {
         let name = |what: &str| format!("winograd's {what} {isa} {} {shape:?}", std::any::type_name::<W>());
         let check = |what: &str, forward: &dyn Fn(Epilogue, &mut [f32])| {
@@ -267,7 +275,7 @@ fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o
         if stride != 1 {
             let mut dx = vec![f32::NAN; x.len()];
             let filter = StripFilter::<W>::for_backward_input(isa, &w, o, c);
-            strips::backward_input(&dy, &filter, &shape, &mut dx);
+            strips::backward_input(&dy, &filter, &shape, Epilogue::default(), &mut dx);
             assert_close(&dx, &want_dx, tolerance, &name("gradient to the input in strips"));
             continue;
         }

@@ -1,5 +1,5 @@
 use crate::support::*;
-use hone::ops::{Conv2dParams, Norm, NormBy, Statistics, conv2d, conv2d_norm_act, norm_act};
+use hone::ops::{Conv2dParams, Norm, NormBy, Statistics, add, conv2d, conv2d_norm_act, norm_act, scale};
 use hone::{DType, Tensor};
 use proptest::prelude::*;
 
@@ -118,4 +118,31 @@ fn what_does_not_fit() {
     assert!(run(&two, NormBy::Stored(&two, &three)).is_err(), "three variances for two channels");
     assert!(run(&three, NormBy::Stored(&two, &two)).is_err(), "three scales for two channels");
     assert!(run(&two, NormBy::Stored(&two, &two)).is_ok());
+}
+
+/// A convolution adds the gradient of its input to those of others, here of two more and of what stands for a shortcut.
+#[test]
+fn gradients_of_one_input_add_up() {
+    for ((k, s, c, o), dtype, [h, w]) in
+        LAYERS.into_iter().flat_map(|layer| [(layer, DType::F32, [15, 22]), (layer, DType::BF16, [14, 9])])
+    {
+        let x = tensor(&[3, h, w, c], 1).to_dtype(dtype).unwrap().leaf();
+        let [first, second] = [2, 3].map(|seed| tensor(&[o, k, k, c], seed).leaf());
+        let [gamma, beta, mean] = [4, 5, 6].map(|seed| tensor(&[o], seed));
+        let (params, variance) = (Conv2dParams::new(s, k / 2), Tensor::full([o], 0.7f32));
+        let how = Norm { gamma: &gamma, beta: &beta, eps: EPS, residual: None, relu: true, pooling: None };
+        let one = |x: &Tensor| conv2d_norm_act(x, &first, params, NormBy::Stored(&mean, &variance), how).unwrap().0;
+        let other = |x: &Tensor| conv2d(x, &second, None, params).unwrap();
+        let gradient = |of: &dyn Fn(&Tensor) -> Tensor| {
+            // Of a node, as gradients of leaves are collected elsewhere.
+            let y = of(&scale(&x, 1.0).unwrap());
+            let seed = tensor(y.dims(), 7).to_dtype(dtype).unwrap();
+            y.backward_with(seed).unwrap().get(&x).unwrap().to_f32_vec().unwrap()
+        };
+        let got = gradient(&|x| add(&add(&one(x), &other(x)).unwrap(), &one(x)).unwrap());
+        let (one, other) = (gradient(&one), gradient(&other));
+        let want: Vec<f64> = one.iter().zip(&other).map(|(a, b)| 2.0 * f64::from(*a) + f64::from(*b)).collect();
+        let tolerance = if dtype == DType::BF16 { 1e-2 } else { 1e-6 };
+        assert_close(&got, &want, tolerance, &format!("{k}x{k}, stride {s}, {c} to {o}, {dtype:?}"));
+    }
 }

@@ -6,20 +6,20 @@ use crate::cpu::tiles::transposed;
 use std::ops::Range;
 use std::sync::Mutex;
 
-/// Gradient to the input.
-pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+/// Gradient to the input; with `accumulate` it is added to what `dx` holds.
+pub fn backward_input<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T], accumulate: bool) {
     let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
     if suits_tiles::<T>(isa, shape, algorithm) {
-        return backward_input_by_classes(dy, shape, shape.o, dx, |start, _, gather, dx| {
+        return backward_input_by_classes(dy, shape, shape.o, dx, accumulate, |start, _, gather, dx| {
             let product = Product::new(gather.clone());
             let packed = product.pack_rows::<T>(isa, filter, shape.c, start);
-            on_tiles!(isa, U => product.multiply::<U, T>(isa, dy, &packed, dx, Epilogue::default()));
+            on_tiles!(isa, U => product.multiply::<U, T>(isa, dy, &packed, dx, Epilogue::adding(accumulate)));
         });
     }
     if algorithm == Algorithm::Direct {
-        return backward_input_directly(isa, dy, filter, shape, dx);
+        return backward_input_directly(isa, dy, filter, shape, dx, accumulate);
     }
-    BackwardFilter::new(isa, filter, shape).backward_input(dy, shape, dx);
+    BackwardFilter::new(isa, filter, shape).backward_input(dy, shape, dx, accumulate);
 }
 
 /// Filters for the gradient to the input by Winograd's algorithm: in the type of activations, or in f32 where no
@@ -38,26 +38,36 @@ impl<T: Float> BackwardFilter<T> {
         }
     }
 
-    fn backward_input(&self, dy: &[T], shape: &ConvShape, dx: &mut [T]) {
+    fn backward_input(&self, dy: &[T], shape: &ConvShape, dx: &mut [T], accumulate: bool) {
         match self {
-            BackwardFilter::Same(filter) => filter.backward_input(dy, shape, dx),
-            BackwardFilter::Wide(filter) => filter.backward_input(dy, shape, dx),
+            BackwardFilter::Same(filter) => filter.backward_input(dy, shape, dx, accumulate),
+            BackwardFilter::Wide(filter) => filter.backward_input(dy, shape, dx, accumulate),
         }
     }
 }
 
 /// [`backward_input`] as products over patches of the output's gradient.
-pub fn backward_input_directly<T: Float>(isa: Isa, dy: &[T], filter: &[f32], shape: &ConvShape, dx: &mut [T]) {
+pub fn backward_input_directly<T: Float>(
+    isa: Isa,
+    dy: &[T],
+    filter: &[f32],
+    shape: &ConvShape,
+    dx: &mut [T],
+    accumulate: bool,
+) {
     if !winograd::multiplies::<T>(isa) {
         let mut wide = Scratch::<f32>::take(dx.len());
-        backward_input_directly(isa, &widened(dy), filter, shape, &mut wide);
+        if accumulate {
+            T::read(dx, |dx| wide.copy_from_slice(dx));
+        }
+        backward_input_directly(isa, &widened(dy), filter, shape, &mut wide, accumulate);
         return convert(&wide, dx);
     }
     let dy = whole_words(dy, shape.o);
     let pixel = shape.o.next_multiple_of(T::PER_WORD);
-    backward_input_by_classes(&dy, shape, pixel, dx, |start, depth, gather, dx| {
+    backward_input_by_classes(&dy, shape, pixel, dx, accumulate, |start, depth, gather, dx| {
         let packed = PackedB::from_rows(isa, filter, depth, shape.c, shape.o, start);
-        multiply(&dy, gather, &packed, dx, Epilogue::default());
+        multiply(&dy, gather, &packed, dx, Epilogue::adding(accumulate));
     });
 }
 
@@ -69,11 +79,12 @@ fn backward_input_by_classes<T: Float>(
     shape: &ConvShape,
     pixel: usize,
     dx: &mut [T],
+    accumulate: bool,
     product: impl Fn(&(dyn Fn(usize) -> usize + Sync), usize, &Gather, &mut [T]),
 ) {
     assert!(dy.len() >= shape.n * shape.output().iter().product::<usize>() * pixel, "a gradient for each output");
     let classes = stride_classes(shape, pixel);
-    if classes.iter().any(|(taps, _)| taps.is_empty()) {
+    if !accumulate && classes.iter().any(|(taps, _)| taps.is_empty()) {
         dx.fill(T::default());
     }
     for (taps, gather) in classes.iter().filter(|(taps, gather)| !taps.is_empty() && gather.rows() > 0) {
@@ -149,7 +160,8 @@ pub fn takes_gradients_as_made<T: Float>(isa: Isa, shape: &ConvShape, with_input
 }
 
 /// Gradients to the filter and, if asked for with the filter, to the input, of a convolution whose output's gradient is made piece by
-/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it.
+/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it. With `accumulate` the gradient to the input is added to what is
+/// there.
 pub fn backward_as_made<T: Float>(
     isa: Isa,
     x: &[T],
@@ -157,6 +169,7 @@ pub fn backward_as_made<T: Float>(
     make: &(dyn Fn(Range<usize>, &mut [T]) + Sync),
     dfilter: &mut [f32],
     with_input: Option<(&[f32], &mut [T])>,
+    accumulate: bool,
 ) {
     assert!(takes_gradients_as_made::<T>(isa, shape, with_input.is_some()), "a convolution that this is for");
     if winograd::rows::suits(isa, shape) {
@@ -173,7 +186,7 @@ pub fn backward_as_made<T: Float>(
         make(picture * oh..(picture + 1) * oh, dy);
         if let Some((filter, pictures)) = &input {
             let mut dx = pictures[picture].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            filter.backward_input(dy, &image, &mut dx);
+            filter.backward_input(dy, &image, &mut dx, accumulate);
         }
     };
     winograd::wgrad::backward_filter_by_pictures(isa, x, shape, &make, dfilter);

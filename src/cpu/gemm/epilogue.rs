@@ -3,15 +3,24 @@
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 
-/// What happens to a finished element of C: `relu(c + bias[column] + residual)`.
+/// What happens to a finished element of C: `relu(c + bias[column] + residual)`, the residual being what C holds if it accumulates.
 #[derive(Clone, Copy)]
 pub struct Epilogue<'a, T = f32> {
     /// One value for each column.
     pub bias: Option<&'a [f32]>,
     /// As C.
     pub residual: Option<&'a [T]>,
+    /// Whether results are added to what C holds, in place of a residual.
+    pub accumulate: bool,
     /// Whether negative results become zero.
     pub relu: bool,
+}
+
+impl<T> Epilogue<'_, T> {
+    /// Results that are stored, or added to those that are there.
+    pub fn adding(accumulate: bool) -> Self {
+        Epilogue { accumulate, ..Self::default() }
+    }
 }
 
 impl<T: Float> Epilogue<'_, T> {
@@ -19,18 +28,33 @@ impl<T: Float> Epilogue<'_, T> {
     pub(in crate::cpu) fn check(&self, columns: usize, values: usize) {
         assert!(self.bias.is_none_or(|bias| bias.len() == columns), "one bias a column");
         assert!(self.residual.is_none_or(|residual| residual.len() == values), "the residual is shaped as the result");
+        assert!(!self.accumulate || self.residual.is_none(), "what is added is a residual or what is there");
+    }
+
+    /// Where what is added to C at `at` lies.
+    ///
+    /// # Safety
+    /// `at` is within C and the residual.
+    #[inline(always)]
+    pub(super) unsafe fn added(&self, c: *mut T, at: usize) -> Option<*const T> {
+        // SAFETY: the contract.
+        unsafe {
+            match self.residual {
+                Some(residual) => Some(residual.as_ptr().add(at)),
+                None => self.accumulate.then(|| c.add(at).cast_const()),
+            }
+        }
     }
 
     /// Finishes a vector of sums and stores it at `c[at..]`; `bias` is that of its columns.
     ///
     /// # Safety
-    /// `c` is valid for writing a vector at `at`, and the residual as long as `c`.
+    /// `c` is valid for reading and writing a vector at `at`, and the residual as long as `c`.
     #[inline(always)]
     pub(in crate::cpu) unsafe fn store<S: Simd>(&self, simd: S, sum: S::V, bias: Option<S::V>, c: *mut T, at: usize) {
         // SAFETY: the contract.
         unsafe {
-            let residual = self.residual.map(|residual| residual.as_ptr().add(at));
-            self.store_from(simd, sum, bias, residual, c.add(at));
+            self.store_from(simd, sum, bias, self.added(c, at), c.add(at));
         }
     }
 
@@ -65,7 +89,7 @@ impl<T: Float> Epilogue<'_, T> {
 
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
-        Epilogue { bias: None, residual: None, relu: false }
+        Epilogue { bias: None, residual: None, accumulate: false, relu: false }
     }
 }
 

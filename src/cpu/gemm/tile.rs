@@ -143,7 +143,7 @@ impl<'a, T: Float, A: Ahead> Tile<'a, T, A> {
             let sums = unsafe { std::slice::from_raw_parts(after.add(r * width), V * S::LANES) };
             // SAFETY: `columns` values from there are ours; the residual is as long as C; the buffers hold the widest tile.
             unsafe {
-                let residual = self.epilogue.residual.map(|x| x.as_ptr().add(at));
+                let residual = self.epilogue.added(self.c, at);
                 if self.columns == V * S::LANES {
                     self.finish::<S, V>(simd, sums, self.c.add(at), residual);
                     continue;

@@ -132,11 +132,15 @@ impl<W: Float> Winograd<W> {
         }
     }
 
-    /// Gradient to the input by [`Winograd::for_backward_input`] of a convolution of stride one or two.
-    pub(super) fn backward_input<T: Float>(&self, dy: &[T], shape: &ConvShape, dx: &mut [T]) {
+    /// Gradient to the input by [`Winograd::for_backward_input`] of a convolution of stride one or two, in place of what `dx` holds or added
+    /// to it.
+    pub(super) fn backward_input<T: Float>(&self, dy: &[T], shape: &ConvShape, dx: &mut [T], accumulate: bool) {
+        let epilogue = Epilogue::adding(accumulate);
         match self {
-            Winograd::Strips(filter) if shape.stride == [2, 2] => strips::backward_input(dy, filter, shape, dx),
-            filter => filter.forward(dy, &ConvShape { c: shape.o, o: shape.c, ..*shape }, Epilogue::default(), dx),
+            Winograd::Strips(filter) if shape.stride == [2, 2] => {
+                strips::backward_input(dy, filter, shape, epilogue, dx)
+            }
+            filter => filter.forward(dy, &ConvShape { c: shape.o, o: shape.c, ..*shape }, epilogue, dx),
         }
     }
 }

@@ -72,13 +72,20 @@ pub fn forward<T: Float, W: Float>(
 }
 
 /// Gradient to the input of a 3x3 filter of padding one and a stride of two; `filter` is [`StripFilter::for_backward_input`].
-pub fn backward_input<T: Float, W: Float>(dy: &[T], filter: &StripFilter<W>, shape: &ConvShape, dx: &mut [T]) {
+pub fn backward_input<T: Float, W: Float>(
+    dy: &[T],
+    filter: &StripFilter<W>,
+    shape: &ConvShape,
+    epilogue: Epilogue<T>,
+    dx: &mut [T],
+) {
     assert!([shape.kh, shape.kw] == [TAPS; 2] && shape.padding == [1, 1] && shape.stride == [2, 2]);
     assert_eq!([shape.o, shape.c], [filter.c, filter.o], "the filter's channels");
     assert!(shape.o <= MAX_CHANNELS);
     shape.check(dx.len(), dy.len());
+    epilogue.check(shape.c, dx.len());
     let extents = Extents::of(shape).turned();
-    Convolution::<T, W, HALF>::new(dy, filter, extents, Epilogue::default(), dx).in_strips();
+    Convolution::<T, W, HALF>::new(dy, filter, extents, epilogue, dx).in_strips();
 }
 
 /// What the tasks of a convolution share.
