@@ -106,7 +106,7 @@ struct Vector<'a, W, const STRIDE: usize> {
     tiles: usize,
     /// Tiles whose sums are in registers together.
     group: usize,
-    /// Whether the tiles are [`CORNER_TILES`].
+    /// As [`are_corners`] says.
     corners: bool,
 }
 
