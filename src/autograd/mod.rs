@@ -189,10 +189,9 @@ impl Tensor {
             let inputs = rule(gradient, &mut needs)?;
             debug_assert_eq!(inputs.len(), node.edges.len(), "{}: one gradient an input", node.op);
             for ((edge, gradient), earlier) in node.edges.iter().zip(inputs).zip(needs.earlier) {
+                let Some(edge) = edge else { continue };
                 for gradient in [earlier, gradient].into_iter().flatten() {
-                    if let Some(edge) = edge {
-                        send(edge, gradient, &mut pending)?;
-                    }
+                    send(edge, gradient, &mut pending)?;
                 }
             }
         }

@@ -132,7 +132,7 @@ pub(super) fn gradients<T: Float>(
 ) -> [Option<Tensor>; 2] {
     let (isa, dy) = (Isa::current(), dy.as_slice::<T>());
     let dx = weight.map(|weight| {
-        added_to_earlier(needs, [shape.n, shape.h, shape.w, shape.c], |dx, accumulate| {
+        input_gradient(needs, shape, |dx, accumulate| {
             cpu::conv::backward_input::<T>(isa, dy, weight.as_slice(), shape, dx, accumulate)
         })
     });
@@ -144,14 +144,14 @@ pub(super) fn gradients<T: Float>(
     [dx, dweight]
 }
 
-/// The gradient to an operation's first input, by `compute(gradient, accumulate)`: added to the earlier ones where there are any.
-pub(super) fn added_to_earlier<T: Element>(
+/// The gradient to a convolution's input, the operation's first, by `compute(dx, accumulate)`: added to the earlier ones where there are any.
+pub(super) fn input_gradient<T: Element>(
     needs: &mut Needs,
-    dims: [usize; 4],
+    shape: &ConvShape,
     compute: impl FnOnce(&mut [T], bool),
 ) -> Tensor {
     match needs.take_earlier(0) {
         Some(earlier) => earlier.map_in_place(|sum| compute(sum, true)),
-        None => Tensor::build(dims, |gradient| compute(gradient, false)),
+        None => Tensor::build([shape.n, shape.h, shape.w, shape.c], |dx| compute(dx, false)),
     }
 }

@@ -96,12 +96,11 @@ pub fn conv2d_norm_act(
                         let (x, make) = (x.as_slice(), |rows: Range<usize>, out: &mut [T]| dz.of_rows(rows, out));
                         let mut dx = None;
                         let dweight = Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| match saved_weight {
-                            None => backward_as_made(isa, x, &shape, &make, dw, None, false),
+                            None => backward_as_made(isa, x, &shape, &make, dw, None),
                             Some(weight) => {
-                                let dims = [shape.n, shape.h, shape.w, shape.c];
-                                dx = Some(conv2d::added_to_earlier(needs, dims, |dx, accumulate| {
-                                    let with_input = Some((weight.as_slice(), dx));
-                                    backward_as_made(isa, x, &shape, &make, dw, with_input, accumulate);
+                                dx = Some(conv2d::input_gradient(needs, &shape, |dx, accumulate| {
+                                    let with_input = (weight.as_slice(), dx, accumulate);
+                                    backward_as_made(isa, x, &shape, &make, dw, Some(with_input));
                                 }));
                             }
                         });

@@ -56,10 +56,7 @@ pub fn backward_input_directly<T: Float>(
     accumulate: bool,
 ) {
     if !winograd::multiplies::<T>(isa) {
-        let mut wide = Scratch::<f32>::take(dx.len());
-        if accumulate {
-            T::read(dx, |dx| wide.copy_from_slice(dx));
-        }
+        let mut wide = if accumulate { widened(dx) } else { Scratch::take(dx.len()) };
         backward_input_directly(isa, &widened(dy), filter, shape, &mut wide, accumulate);
         return convert(&wide, dx);
     }
@@ -160,16 +157,15 @@ pub fn takes_gradients_as_made<T: Float>(isa: Isa, shape: &ConvShape, with_input
 }
 
 /// Gradients to the filter and, if asked for with the filter, to the input, of a convolution whose output's gradient is made piece by
-/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it. With `accumulate` the gradient to the input is added to what is
-/// there.
+/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it. The gradient to the input comes with whether it is added to
+/// what is there.
 pub fn backward_as_made<T: Float>(
     isa: Isa,
     x: &[T],
     shape: &ConvShape,
     make: &(dyn Fn(Range<usize>, &mut [T]) + Sync),
     dfilter: &mut [f32],
-    with_input: Option<(&[f32], &mut [T])>,
-    accumulate: bool,
+    with_input: Option<(&[f32], &mut [T], bool)>,
 ) {
     assert!(takes_gradients_as_made::<T>(isa, shape, with_input.is_some()), "a convolution that this is for");
     if winograd::rows::suits(isa, shape) {
@@ -177,16 +173,16 @@ pub fn backward_as_made<T: Float>(
     }
     let image = ConvShape { n: 1, ..*shape };
     let ([oh, _], image_len) = (shape.output(), image.h * image.w * image.c);
-    let input = with_input.map(|(filter, dx)| {
+    let input = with_input.map(|(filter, dx, accumulate)| {
         assert_eq!(dx.len(), shape.n * image_len, "the input's gradient is shaped as it");
         let pictures: Vec<Mutex<&mut [T]>> = dx.chunks_exact_mut(image_len).map(Mutex::new).collect();
-        (BackwardFilter::<T>::new(isa, filter, &image), pictures)
+        (BackwardFilter::<T>::new(isa, filter, &image), pictures, accumulate)
     });
     let make = |picture: usize, dy: &mut [T]| {
         make(picture * oh..(picture + 1) * oh, dy);
-        if let Some((filter, pictures)) = &input {
+        if let Some((filter, pictures, accumulate)) = &input {
             let mut dx = pictures[picture].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            filter.backward_input(dy, &image, &mut dx, accumulate);
+            filter.backward_input(dy, &image, &mut dx, *accumulate);
         }
     };
     winograd::wgrad::backward_filter_by_pictures(isa, x, shape, &make, dfilter);

@@ -9,7 +9,7 @@ use crate::cpu::simd::Simd;
 pub(in crate::cpu) const TILE_ROWS: usize = 6;
 
 /// One call of the micro-kernel: up to [`TILE_ROWS`] rows of C, one panel, one block of depth.
-pub(in crate::cpu) struct Tile<'a, T, A = ()> {
+pub(in crate::cpu) struct Tile<'a, T, A> {
     /// For each run, where each of the rows has it; past the last row anything readable.
     pub(in crate::cpu) runs: &'a [[*const f32; TILE_ROWS]],
     pub(in crate::cpu) words: usize,
