@@ -110,6 +110,8 @@ impl<W: Float, S: Simd> Sink<S> for Plane<W> {
 struct Words<W> {
     words: Plane<W>,
     last: Plane<f32>,
+    /// What will be stored after these is asked for meanwhile: so many places, far apart, do not come by themselves.
+    next: Plane<W>,
 }
 
 impl<W: Float, S: Simd> Sink<S> for Words<W> {
@@ -119,6 +121,7 @@ impl<W: Float, S: Simd> Sink<S> for Words<W> {
         unsafe {
             let last = if W::PER_WORD > 1 { self.last.load(simd, i, j) } else { value };
             W::store_words(simd, self.words.at(i, j), value, last);
+            simd.prefetch_near(self.next.at(i, j).cast_const().cast());
         }
     }
 }
@@ -166,23 +169,25 @@ pub(super) unsafe fn along_both<X: Transform, S: Simd>(
     }
 }
 
-/// [`along_both`] of the first and the last source of a word, to vectors of words.
+/// [`along_both`] of the first and the last source of a word, to vectors of words; those from `next` on are to be stored next.
 ///
 /// # Safety
-/// As for [`along_both`].
+/// As for [`along_both`], and `next` as `words`.
 #[inline(always)]
 pub(super) unsafe fn transform_words<X: Transform, S: Simd, W: Float>(
     simd: S,
     [first, last]: [impl Source<S>; 2],
     [room, plane]: &mut [Room; 2],
     words: Plane<W>,
+    next: *mut W,
 ) {
     let plane = Plane { first: plane.at::<S>(0, 0), steps: [MAX * S::LANES, S::LANES] };
+    let next = Plane { first: next, ..words };
     // SAFETY: the room has as many vectors as a transform has results; the contract.
     unsafe {
         if W::PER_WORD > 1 {
             along_both::<X, S>(simd, room, last, plane);
         }
-        along_both::<X, S>(simd, room, first, Words { words, last: plane });
+        along_both::<X, S>(simd, room, first, Words { words, last: plane, next });
     }
 }

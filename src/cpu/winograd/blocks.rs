@@ -119,14 +119,15 @@ impl<W: Float> Task for FilterTransform<'_, W> {
         assert!(o.is_multiple_of(S::LANES) && self.taps.as_flattened().iter().all(|tap| tap.len() == o));
         let mut rooms = [Room::new(), Room::new()];
         for column in (0..o).step_by(S::LANES) {
-            let at = column / width * self.panel + (self.word * width + column % width) * W::PER_WORD;
+            let at = |column: usize| column / width * self.panel + (self.word * width + column % width) * W::PER_WORD;
+            let next = at((column + S::LANES).min(o - S::LANES));
             let taps = self.taps.each_ref().map(|taps| Taps { taps, column });
             // SAFETY: each of the nine taps has `o` values, and a whole vector of them from `column` on; this word's row of every
             // panel is this task's alone.
             unsafe {
-                let words =
-                    Plane { first: self.out.pointer().add(at), steps: [values::<W>(1) * self.stride, self.stride] };
-                transform_words::<Filter<W, 1>, S, W>(simd, taps, &mut rooms, words);
+                let (out, steps) = (self.out.pointer(), [values::<W>(1) * self.stride, self.stride]);
+                let words = Plane { first: out.add(at(column)), steps };
+                transform_words::<Filter<W, 1>, S, W>(simd, taps, &mut rooms, words, out.add(next));
             }
         }
     }

@@ -198,23 +198,34 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
             };
             let outputs =
                 |i: usize, channel: usize| Pixels { window: &gradients[i], next: (&next_gradients[i], M), channel };
-            for channel in (0..c).step_by(S::LANES) {
+            // The next vector of channels, or the next word's first.
+            let after = |channel: usize, all: usize| match channel + S::LANES {
+                channel if channel < all => (word, channel),
+                _ => (next, 0),
+            };
+            let to_inputs = |(word, channel): (usize, usize)| {
                 let at = (channel / width * self.words + word) * word_of_inputs + channel % width * W::PER_WORD;
-                // SAFETY: pixels have `c` values; there is room for each word at each position, and this is this task's.
+                self.inputs.pointer().wrapping_add(at)
+            };
+            for channel in (0..c).step_by(S::LANES) {
+                let (first, next) = (to_inputs((word, channel)), to_inputs(after(channel, c)));
+                // SAFETY: pixels have `c` values; there is room for each word at each position, and these are this task's.
                 unsafe {
-                    let first = self.inputs.pointer().add(at);
                     let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
                     let tiles = [pixels(0, channel), pixels(1, channel)];
-                    transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words);
+                    transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words, next);
                 }
             }
+            let to_gradients = |(word, channel): (usize, usize)| {
+                self.gradients.pointer().wrapping_add(word * word_of_gradients + channel * W::PER_WORD)
+            };
             for channel in (0..o).step_by(S::LANES) {
+                let (first, next) = (to_gradients((word, channel)), to_gradients(after(channel, o)));
                 // SAFETY: as above, of `o` values.
                 unsafe {
-                    let first = self.gradients.pointer().add(word * word_of_gradients + channel * W::PER_WORD);
                     let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
                     let tiles = [outputs(0, channel), outputs(1, channel)];
-                    transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words);
+                    transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words, next);
                 }
             }
         }
