@@ -125,20 +125,26 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
     ) {
         let Layout { row: row_step, slot: slot_step, tile: tile_step, block: block_step, words } = self.layout;
         let block = words * W::PER_WORD;
-        let first = channel / block * block_step + channel % block;
+        let start = |tile: usize, channel: usize| tile * tile_step + channel / block * block_step + channel % block;
+        let first = start(tile, channel);
+        let next = match channel + S::LANES {
+            channel if channel < self.channels.end => start(tile, channel),
+            _ => start(self.tiles.end.min(tile + 2) - 1, self.channels.start),
+        };
         for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::has(down, slot)) {
             let room = room.at::<S>(row, 0);
             // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
             let row_of_room =
                 vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
             let values = Input::<W, STRIDE, M>::apply(simd, &row_of_room);
-            let at = row * row_step + tile * tile_step + first;
-            // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
-            let to = unsafe { self.to.pointer().add(at) };
+            let row = self.to.pointer().wrapping_add(row * row_step);
+            let (to, next) = (row.wrapping_add(first), row.wrapping_add(next));
             unrolled!(SLOT => {
                 if const { has::<W>(STRIDE, M, SLOT) } {
-                    // SAFETY: as above.
+                    // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
                     unsafe { W::store(simd, to.add(SLOT * slot_step), values[SLOT]) };
+                    // So many places, far apart, do not come by themselves.
+                    simd.prefetch_near(next.wrapping_add(SLOT * slot_step).cast_const().cast());
                 }
             });
         }
