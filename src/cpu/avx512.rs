@@ -82,10 +82,10 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
-    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32) {
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         // SAFETY: `self` proves the feature; the caller vouches for the rest.
         unsafe {
-            let rows: [__m512i; 16] = std::array::from_fn(|i| _mm512_loadu_si512(from.add(i * stride).cast()));
+            let rows: [__m512i; 16] = std::array::from_fn(|i| _mm512_loadu_si512(from.add(i * from_stride).cast()));
             // Words of two rows side by side, then of four: in each quarter of row `4 i + k` word `k` of it of rows `4 i` to `4 i + 3`.
             let twos: [__m512i; 16] = std::array::from_fn(|i| {
                 let (a, b) = (rows[i / 4 * 4 + i % 2 * 2], rows[i / 4 * 4 + i % 2 * 2 + 1]);
@@ -107,7 +107,7 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
                     _mm512_shuffle_i32x4::<0xdd>(odd, odd2),
                 ];
                 for (i, column) in columns.into_iter().enumerate() {
-                    _mm512_storeu_si512(to.add((4 * i + k) * 16).cast(), column);
+                    _mm512_storeu_si512(to.add((4 * i + k) * to_stride).cast(), column);
                 }
             }
         }

@@ -234,16 +234,17 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             [self.pairs(even, even2), self.pairs(odd, odd2)]
         }
     }
-    /// 16 rows of 16 words, `stride` apart, to their columns one after the other.
+    /// As many rows as lanes of as many words, `from_stride` apart, to their columns, `to_stride` apart.
     ///
     /// # Safety
-    /// `from` is valid for reading the rows, `to` for writing 256 words.
+    /// `from` is valid for reading the rows, `to` for writing the columns.
     #[inline(always)]
-    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32) {
-        for (row, column) in (0..16).flat_map(|row| (0..16).map(move |column| (row, column))) {
-            // SAFETY: the contract. Words are moved as integers, so that no bit of them changes.
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        for (row, column) in (0..Self::LANES).flat_map(|row| (0..Self::LANES).map(move |column| (row, column))) {
+            // SAFETY: the contract. Words are moved as integers, so that no bit of them changes; pairs may lie anywhere.
             unsafe {
-                to.cast::<u32>().add(column * 16 + row).write(from.cast::<u32>().add(row * stride + column).read())
+                let word = from.cast::<u32>().add(row * from_stride + column).read_unaligned();
+                to.cast::<u32>().add(column * to_stride + row).write_unaligned(word)
             };
         }
     }

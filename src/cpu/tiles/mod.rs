@@ -194,6 +194,20 @@ impl Task for Transpose<'_> {
     fn run<S: Simd>(self, simd: S) {
         assert!(self.from.len() >= (HALF - 1) * self.from_stride + HALF && self.to.len() == HALF * HALF);
         // SAFETY: as asserted.
-        unsafe { simd.transpose(self.from.as_ptr(), self.from_stride, self.to.as_mut_ptr()) };
+        unsafe { transpose(simd, self.from.as_ptr(), self.from_stride, self.to.as_mut_ptr()) };
+    }
+}
+
+/// The same, of pointers.
+///
+/// # Safety
+/// `from` is valid for reading the rows, `to` for writing the columns.
+#[inline(always)]
+unsafe fn transpose<S: Simd>(simd: S, from: *const f32, from_stride: usize, to: *mut f32) {
+    for i in (0..HALF).step_by(S::LANES) {
+        for j in (0..HALF).step_by(S::LANES) {
+            // SAFETY: the contract.
+            unsafe { simd.transpose(from.add(i * from_stride + j), from_stride, to.add(j * HALF + i), HALF) };
+        }
     }
 }

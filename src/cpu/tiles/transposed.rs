@@ -202,7 +202,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                     for (odd, words) in words.iter().enumerate() {
                         let to = &mut turned[((2 * group + odd) * steps + step) * HALF * STEP..][..HALF * STEP];
                         // SAFETY: 16 rows of 16 words on either side.
-                        unsafe { simd.transpose(words.as_ptr(), HALF, to.as_mut_ptr().cast()) };
+                        unsafe { super::transpose(simd, words.as_ptr(), HALF, to.as_mut_ptr().cast()) };
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use super::super::transforms::TAPS;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::narrowed;
-use crate::cpu::simd::Isa;
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -21,17 +21,9 @@ impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`; `c` is a whole number of words and `o` of vectors.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
         let filter = &*narrowed::<W>(filter);
-        let tap_len = isa.lanes() * W::PER_WORD;
         Self::pack(isa, filter, c, o, |channels, columns, out| {
-            for (i, column) in columns.enumerate() {
-                for tap in 0..TAPS * TAPS {
-                    let values = &filter[(column * TAPS * TAPS + tap) * c..][channels.clone()];
-                    let words = out[tap * tap_len + i * W::PER_WORD..].chunks_mut(TAPS * TAPS * tap_len);
-                    for (out, values) in words.zip(values.chunks_exact(W::PER_WORD)) {
-                        out[..W::PER_WORD].copy_from_slice(values);
-                    }
-                }
-            }
+            let filters = &filter[columns.start * TAPS * TAPS * c..][..columns.len() * TAPS * TAPS * c];
+            dispatch(isa, Turn { filters, c, channels, out });
         })
     }
 
@@ -62,8 +54,8 @@ impl<W: Float> StripFilter<W> {
         o: usize,
         copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
     ) -> Self {
-        // What is written together stays in L1.
-        const CHANNELS: usize = 32;
+        // Runs of a tap that are read together; what is written of them fits L1.
+        const CHANNELS: usize = 64;
         let lanes = isa.lanes();
         assert_eq!(filter.len(), o * TAPS * TAPS * c);
         assert!(c.is_multiple_of(W::PER_WORD) && o.is_multiple_of(lanes), "channels are whole words and vectors");
@@ -79,5 +71,44 @@ impl<W: Float> StripFilter<W> {
     /// Where the taps of a vector of output channels begin for a word of input channels.
     pub(in crate::cpu::winograd) fn start(&self, vector: usize, word: usize) -> usize {
         (vector * self.c + word * W::PER_WORD) * TAPS * TAPS * self.isa.lanes()
+    }
+}
+
+/// Some channels of a vector of filters, as a [`StripFilter`] has them.
+struct Turn<'a, W> {
+    /// `[lane, 3, 3, c]`
+    filters: &'a [W],
+    c: usize,
+    channels: Range<usize>,
+    out: &'a mut [W],
+}
+
+impl<W: Float> Task for Turn<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (taps, row) = (TAPS * TAPS, self.c / W::PER_WORD);
+        let (first, words) = (self.channels.start / W::PER_WORD, self.channels.len() / W::PER_WORD);
+        assert!(self.filters.len() == S::LANES * taps * row * W::PER_WORD && first + words <= row);
+        assert!(self.out.len() == words * taps * S::LANES * W::PER_WORD);
+        let (from, to) = (self.filters.as_ptr().cast::<f32>(), self.out.as_mut_ptr().cast::<f32>());
+        for tap in 0..taps {
+            let whole = words / S::LANES * S::LANES;
+            for word in (0..whole).step_by(S::LANES) {
+                // SAFETY: as asserted, each lane's filter has so many words of each tap, and so has what is written.
+                unsafe {
+                    let from = from.add(tap * row + first + word);
+                    simd.transpose(from, taps * row, to.add((word * taps + tap) * S::LANES), taps * S::LANES);
+                }
+            }
+            for (word, lane) in (whole..words).flat_map(|word| (0..S::LANES).map(move |lane| (word, lane))) {
+                // SAFETY: as above. Words are moved as integers, so that no bit of them changes; pairs may lie anywhere.
+                unsafe {
+                    let word_of_tap = from.cast::<u32>().add((lane * taps + tap) * row + first + word).read_unaligned();
+                    to.cast::<u32>().add((word * taps + tap) * S::LANES + lane).write_unaligned(word_of_tap);
+                }
+            }
+        }
     }
 }
