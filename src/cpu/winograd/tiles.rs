@@ -55,7 +55,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
             let window = &self.window(tile);
-            let next = &self.window(self.tiles.end.min(tile + 2) - 1);
+            let next = &self.window(self.following(tile));
             for channel in self.channels.clone().step_by(S::LANES) {
                 with_outputs!(axis::<W>(STRIDE), down, M => {
                     self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
@@ -69,6 +69,12 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
 }
 
 impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
+    /// The next tile, or the last again.
+    #[inline(always)]
+    fn following(&self, tile: usize) -> usize {
+        self.tiles.end.min(tile + 2) - 1
+    }
+
     /// What a tile sees.
     #[inline(always)]
     fn window(&self, tile: usize) -> Window<'a, T> {
@@ -129,7 +135,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         let first = start(tile, channel);
         let next = match channel + S::LANES {
             channel if channel < self.channels.end => start(tile, channel),
-            _ => start(self.tiles.end.min(tile + 2) - 1, self.channels.start),
+            _ => start(self.following(tile), self.channels.start),
         };
         for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::has(down, slot)) {
             let room = room.at::<S>(row, 0);

@@ -92,10 +92,10 @@ impl<W: Float> Task for Turn<'_, W> {
         let (first, words) = (self.channels.start / W::PER_WORD, self.channels.len() / W::PER_WORD);
         assert!(self.filters.len() == S::LANES * taps * row * W::PER_WORD && first + words <= row);
         assert!(self.out.len() == words * taps * S::LANES * W::PER_WORD);
-        let (from, to) = (self.filters.as_ptr().cast::<f32>(), self.out.as_mut_ptr().cast::<f32>());
         for tap in 0..taps {
             let whole = words / S::LANES * S::LANES;
             for word in (0..whole).step_by(S::LANES) {
+                let (from, to) = (self.filters.as_ptr().cast::<f32>(), self.out.as_mut_ptr().cast::<f32>());
                 // SAFETY: as asserted, each lane's filter has so many words of each tap, and so has what is written.
                 unsafe {
                     let from = from.add(tap * row + first + word);
@@ -103,11 +103,9 @@ impl<W: Float> Task for Turn<'_, W> {
                 }
             }
             for (word, lane) in (whole..words).flat_map(|word| (0..S::LANES).map(move |lane| (word, lane))) {
-                // SAFETY: as above. Words are moved as integers, so that no bit of them changes; pairs may lie anywhere.
-                unsafe {
-                    let word_of_tap = from.cast::<u32>().add((lane * taps + tap) * row + first + word).read_unaligned();
-                    to.cast::<u32>().add((word * taps + tap) * S::LANES + lane).write_unaligned(word_of_tap);
-                }
+                let from = &self.filters[((lane * taps + tap) * row + first + word) * W::PER_WORD..];
+                let to = &mut self.out[((word * taps + tap) * S::LANES + lane) * W::PER_WORD..];
+                to[..W::PER_WORD].copy_from_slice(&from[..W::PER_WORD]);
             }
         }
     }
