@@ -45,6 +45,8 @@ const ENOUGH_PARTS: usize = 8;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
+/// Words ahead of the one whose filters are transformed whose taps are asked for.
+const WORDS_AHEAD: usize = 4;
 /// What a tile reads that lacks a slot.
 static ZEROS: [f32; WORDS] = [0.0; WORDS];
 /// Tiles whose inputs a task transforms.
@@ -317,6 +319,11 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                 let start = self.filter.start(self.strip * STRIP / S::LANES + vector, word);
                 let taps = &self.filter.taps[start..][..word_len];
                 let at = vector / S::VECTORS * panel + (word - words.start) * row + vector % S::VECTORS * tap_len;
+                if ROW == 0 {
+                    // The first row brings the taps into L2.
+                    let ahead = taps.as_ptr().wrapping_add(WORDS_AHEAD * word_len);
+                    (0..TAPS * TAPS).for_each(|tap| simd.prefetch_near(ahead.wrapping_add(tap * tap_len).cast()));
+                }
                 for part in (0..tap_len).step_by(S::LANES) {
                     let taps = taps[part..].as_ptr();
                     let mut columns = [simd.splat(0.0); MAX];
@@ -332,8 +339,11 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                     let vectors = Filter::<W, STRIDE>::apply(simd, &columns);
                     unrolled!(VALUE => {
                         if const { VALUE < values::<W>(STRIDE) } {
+                            let to = filters.as_mut_ptr().wrapping_add(VALUE * value_len + at + part);
                             // SAFETY: a vector of a row within the value's panels, as asserted.
-                            unsafe { W::store(simd, filters.as_mut_ptr().add(VALUE * value_len + at + part), vectors[VALUE]) };
+                            unsafe { W::store(simd, to, vectors[VALUE]) };
+                            // Where the next word's goes.
+                            simd.prefetch_near(to.wrapping_add(row).cast_const().cast());
                         }
                     });
                 }
