@@ -20,6 +20,9 @@ pub(super) struct Place {
     pub left: usize,
 }
 
+/// Bytes of a convolution's inputs or outputs that stay in L2.
+const NEAR: usize = 2 << 20;
+
 /// What a convolution reads and what it writes.
 #[derive(Clone, Copy)]
 pub(super) struct Extents {
@@ -33,6 +36,13 @@ impl Extents {
     pub fn of(shape: &ConvShape) -> Self {
         let [oh, ow] = shape.output();
         Extents { images: shape.n, input: [shape.h, shape.w, shape.c], output: [oh, ow, shape.o] }
+    }
+
+    /// Whether the values, of type `T`, come from further than the caches of the threads themselves. If not, they come as fast without
+    /// being asked for.
+    pub fn are_far<T>(&self) -> bool {
+        let values = [self.input, self.output].map(|extents| self.images * extents.iter().product::<usize>());
+        values.iter().max().is_some_and(|values| values * size_of::<T>() > NEAR)
     }
 
     /// Of the gradient to the input.

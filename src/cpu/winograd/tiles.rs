@@ -51,17 +51,17 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         assert!(self.channels.end <= self.extents.input[2] && self.channels.len().is_multiple_of(S::LANES));
-        let mut room = Room::new();
+        let (mut room, far) = (Room::new(), self.extents.are_far::<T>());
         for tile in self.tiles.clone() {
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
             let window = &self.window(tile);
-            let next = &self.window(self.following(tile));
+            let next = if far { Some(self.window(self.following(tile))) } else { None };
             for channel in self.channels.clone().step_by(S::LANES) {
                 with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, [window, next], channel, across, &mut room)
+                    self.transform_columns::<S, M>(simd, window, next.as_ref(), channel, across, &mut room)
                 });
                 with_outputs!(axis::<W>(STRIDE), across, M => {
-                    self.transform_rows::<S, M>(simd, tile, channel, down, &mut room)
+                    self.transform_rows::<S, M>(simd, tile, channel, down, far, &mut room)
                 });
             }
         }
@@ -84,12 +84,13 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         Window::new(self.x, image, self.extents.input, first, seen)
     }
 
-    /// Along the columns of a tile of `M` outputs down, to the room.
+    /// Along the columns of a tile of `M` outputs down, to the room. What is to be asked for meanwhile is a part of `next`.
     #[inline(always)]
     fn transform_columns<S: Simd, const M: usize>(
         &self,
         simd: S,
-        [window, next]: [&Window<T>; 2],
+        window: &Window<T>,
+        next: Option<&Window<T>>,
         channel: usize,
         across: usize,
         room: &mut Room,
@@ -97,8 +98,9 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         let vector = (channel - self.channels.start) / S::LANES;
         for j in 0..inputs(axis::<W>(STRIDE), across) {
-            // What the next tile sees will have come by then.
-            next.prefetch(simd, seen, vector * seen + j);
+            if let Some(next) = next {
+                next.prefetch(simd, seen, vector * seen + j);
+            }
             let values = match window.has_column(j) {
                 true => {
                     // SAFETY: there is such a column; channels are whole vectors.
@@ -119,7 +121,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         }
     }
 
-    /// Along the rows that the room has of a tile of `M` outputs across.
+    /// Along the rows that the room has of a tile of `M` outputs across. If results go far, the places of the next are asked for.
     #[inline(always)]
     fn transform_rows<S: Simd, const M: usize>(
         &self,
@@ -127,6 +129,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
         tile: usize,
         channel: usize,
         down: usize,
+        far: bool,
         room: &mut Room,
     ) {
         let Layout { row: row_step, slot: slot_step, tile: tile_step, block: block_step, words } = self.layout;
@@ -149,8 +152,10 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
                 if const { has::<W>(STRIDE, M, SLOT) } {
                     // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
                     unsafe { W::store(simd, to.add(SLOT * slot_step), values[SLOT]) };
-                    // So many places, far apart, do not come by themselves.
-                    simd.prefetch_near(next.wrapping_add(SLOT * slot_step).cast_const().cast());
+                    if far {
+                        // So many places, each in a line of its own, do not come by themselves.
+                        simd.prefetch_near(next.wrapping_add(SLOT * slot_step).cast_const().cast());
+                    }
                 }
             });
         }
@@ -202,14 +207,16 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let mut room = Room::new();
+        let (mut room, far) = (Room::new(), self.outputs.extents.are_far::<T>());
         let part = self.outputs.part;
         let [down, across] = part.outputs[part.class_of(self.tile)];
         assert!(self.channels.len().is_multiple_of(S::LANES));
         assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
             let sums = &self.sums[i * S::LANES..];
-            with_outputs!(axis::<W>(STRIDE), down, M => self.transform_columns::<S, M>(simd, i, sums, across, &mut room));
+            with_outputs!(axis::<W>(STRIDE), down, M => {
+                self.transform_columns::<S, M>(simd, i, sums, across, far, &mut room)
+            });
             with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, channel, down, &mut room));
         }
     }
@@ -224,16 +231,19 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
         vector: usize,
         sums: &[f32],
         across: usize,
+        far: bool,
         room: &mut Room,
     ) {
         let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
         for j in 0..positions(axis::<W>(STRIDE), across) {
-            self.prefetch_next(simd, vector * all + j, across);
-            unrolled!(I => {
-                if I < positions(axis::<W>(STRIDE), M) {
-                    simd.prefetch_near(sums.as_ptr().wrapping_add(self.starts.at[I * all + j] + S::LANES));
-                }
-            });
+            if far {
+                self.prefetch_next(simd, vector * all + j, across);
+                unrolled!(I => {
+                    if I < positions(axis::<W>(STRIDE), M) {
+                        simd.prefetch_near(sums.as_ptr().wrapping_add(self.starts.at[I * all + j] + S::LANES));
+                    }
+                });
+            }
             // SAFETY: a vector of the channels, as asserted.
             let column = vectors!(simd, positions(axis::<W>(STRIDE), M), I => unsafe {
                 simd.load(sums.as_ptr().add(self.starts.at[I * all + j]))
