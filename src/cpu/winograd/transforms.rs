@@ -330,17 +330,26 @@ impl<X: Transform, const ROW: usize> Row<X, ROW> {
         Some((at, factor)) => Some((at, if Self::PAIR[0] == ROW { factor } else { -factor })),
     };
 
+    /// Of this row and of the other.
     #[inline(always)]
-    fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
+    fn of_both<S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; 2] {
         let same = combine!(simd, Self::SAME, Self::HOWS[0], values);
         if const { Self::PAIR[0] == Self::PAIR[1] } {
-            return same;
+            return [same; 2];
         }
         if let Some((at, factor)) = const { Self::POWER } {
-            return simd.mul_add(simd.splat(factor), values[at], same);
+            let [this, other] = [simd.splat(factor), simd.splat(-factor)];
+            return [simd.mul_add(this, values[at], same), simd.mul_add(other, values[at], same)];
         }
         let different = combine!(simd, Self::DIFFERENT, Self::HOWS[1], values);
-        if const { Self::PAIR[0] == ROW } { simd.add(same, different) } else { simd.sub(same, different) }
+        let [first, second] = [simd.add(same, different), simd.sub(same, different)];
+        if const { Self::PAIR[0] == ROW } { [first, second] } else { [second, first] }
+    }
+
+    /// Of this row: the compiler leaves the other out.
+    #[inline(always)]
+    fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
+        Self::of_both(simd, values)[0]
     }
 }
 
@@ -348,6 +357,17 @@ impl<X: Transform, const ROW: usize> Row<X, ROW> {
 #[inline(always)]
 pub(super) fn at_point<X: Transform, S: Simd, const ROW: usize>(simd: S, values: &[S::V; MAX]) -> S::V {
     Row::<X, ROW>::of(simd, values)
+}
+
+/// [`at_point`], and the result at the opposite point, which has the same bits as if it were computed alone.
+#[inline(always)]
+pub(super) fn at_opposite_points<X: Transform, S: Simd, const ROW: usize>(simd: S, values: &[S::V; MAX]) -> [S::V; 2] {
+    Row::<X, ROW>::of_both(simd, values)
+}
+
+/// Result `ROW` and the one at the opposite point, in their order, or twice the same where there is none.
+pub(super) const fn opposite_points<X: Transform, const ROW: usize>() -> [usize; 2] {
+    Row::<X, ROW>::PAIR
 }
 
 /// A transform from values to points.

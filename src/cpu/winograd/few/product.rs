@@ -87,10 +87,10 @@ const fn lines_of(row: usize, rows: usize) -> [usize; 2] {
     [start, (row + 1) * TAPS * TAPS / rows - start]
 }
 
-/// The taps of some words, transformed along the columns to a row: `[word][column]`, vectors. What the first part of a row leaves for the
-/// second, in L1.
+/// The taps of some words, transformed along the columns to a row and to the one at the opposite point: `[word][row][column]`, vectors. What
+/// the first part of a row leaves for the second, and a row for the next, in L1.
 #[repr(align(64))]
-pub(super) struct Columns(MaybeUninit<[f32; WORDS * TAPS * LANES]>);
+pub(super) struct Columns(MaybeUninit<[f32; WORDS * 2 * TAPS * LANES]>);
 
 impl Columns {
     pub(super) fn new() -> Self {
@@ -112,7 +112,7 @@ pub(super) struct Product<W> {
     /// As in [`super::Vector`].
     pub group: usize,
     pub corners: bool,
-    /// Of [`Columns`].
+    /// Of [`Columns`]; where this row is the second of two at opposite points, the first has been added before it.
     pub columns: *mut f32,
     /// `[position across][tile]`, vectors.
     pub sums: *mut f32,
@@ -167,6 +167,12 @@ impl<W: Float> Product<W> {
         STRIDE == 1 && W::PER_WORD == 1 && Self::slots::<S, STRIDE, GROUP, 1>()[1] > 0
     }
 
+    /// Whether a row is one of two that follow each other at opposite points: the first leaves the second's columns.
+    const fn rows_share<const STRIDE: usize, const ROW: usize>() -> bool {
+        let [first, second] = opposite_points::<Filter<W, STRIDE>, ROW>();
+        STRIDE == 1 && W::PER_WORD == 1 && first + 1 == second
+    }
+
     /// Slot `i` of a part of a row.
     const fn slot<S: Simd, const STRIDE: usize, const GROUP: usize, const PART: usize>(i: usize) -> usize {
         Self::slots::<S, STRIDE, GROUP, PART>()[0] + i
@@ -217,6 +223,10 @@ impl<W: Float> Product<W> {
         }
         let tap_len = S::LANES * W::PER_WORD;
         let shared = const { Self::parts_share::<S, STRIDE, GROUP>() };
+        let (of_two, second) = const {
+            let of_two = Self::rows_share::<STRIDE, ROW>();
+            (of_two, of_two && opposite_points::<Filter<W, STRIDE>, ROW>()[1] == ROW)
+        };
         for word in 0..self.words {
             let taps = self.taps.wrapping_add(word * TAPS * TAPS * tap_len);
             let inputs = self.inputs.wrapping_add(word);
@@ -228,7 +238,8 @@ impl<W: Float> Product<W> {
                 let ahead = self.taps.wrapping_add(first);
                 unrolled!(LINE => {
                     if LINE < lines {
-                        simd.prefetch_near(ahead.wrapping_add(LINE * tap_len).cast());
+                        // Into L2: L1 is full of the words that are here.
+                        simd.prefetch(ahead.wrapping_add(LINE * tap_len).cast());
                     }
                 });
                 // And the inputs that come next, as many as this word's filters are multiplied with.
@@ -242,11 +253,12 @@ impl<W: Float> Product<W> {
             }
             // `[value of a word][column]`
             let mut columns = [[simd.splat(0.0); MAX]; 2];
-            let room = self.columns.wrapping_add(word * TAPS * S::LANES);
+            let [room, opposite] = [0, 1].map(|row| self.columns.wrapping_add((word * 2 + row) * TAPS * S::LANES));
+            let left = if second { opposite } else { room };
             unrolled!(COLUMN => {
-                if COLUMN < TAPS && PART == 1 && shared {
-                    // SAFETY: the contract; the first part has left it there.
-                    columns[0][COLUMN] = unsafe { simd.load(room.add(COLUMN * S::LANES)) };
+                if COLUMN < TAPS && (second || PART == 1 && shared) {
+                    // SAFETY: the contract; the row before or the first part has left it there.
+                    columns[0][COLUMN] = unsafe { simd.load(left.add(COLUMN * S::LANES)) };
                 } else if COLUMN < TAPS {
                     let mut column = [[simd.splat(0.0); MAX]; 2];
                     unrolled!(TAP => {
@@ -257,7 +269,14 @@ impl<W: Float> Product<W> {
                             column[1][TAP] = high;
                         }
                     });
-                    columns[0][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[0]);
+                    if of_two {
+                        let [this, other] = at_opposite_points::<Filter<W, STRIDE>, S, ROW>(simd, &column[0]);
+                        columns[0][COLUMN] = this;
+                        // SAFETY: the contract.
+                        unsafe { simd.store(opposite.add(COLUMN * S::LANES), other) };
+                    } else {
+                        columns[0][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[0]);
+                    }
                     if const { W::PER_WORD > 1 } {
                         columns[1][COLUMN] = at_point::<Filter<W, STRIDE>, S, ROW>(simd, &column[1]);
                     }
