@@ -117,56 +117,60 @@ impl<W: Float, const STRIDE: usize> Task for Vector<'_, W, STRIDE> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Scratch<f32> {
         let words = self.filter.c / W::PER_WORD;
-        let across = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        let group = across * across * TILES * S::LANES;
-        let mut sums = Scratch::<f32>::take(self.tiles.div_ceil(self.group) * group);
+        let mut sums = Scratch::<f32>::take(self.tiles.div_ceil(self.group) * Self::sums_of_group::<S>());
         let mut columns = Columns::new();
         for start in (0..words).step_by(together(STRIDE)) {
             let words = start..words.min(start + together(STRIDE));
-            for row in 0..const { slots(axis::<W>(STRIDE)) } {
-                for (i, sums) in sums.chunks_exact_mut(group).enumerate() {
-                    let sums = &mut sums[Slots::<W, STRIDE>::position(row) * across * TILES * S::LANES..];
-                    self.multiply(simd, words.clone(), row, i, &mut columns, sums);
-                }
-            }
+            self.multiply(simd, words, &mut columns, &mut sums);
         }
         sums
     }
 }
 
 impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
-    /// Adds the products of some words of channels at a slot down, for a group of tiles, to `sums[position across][tile]`.
+    /// Values of the sums of a group of tiles at a position down, and at all of them.
+    const fn sums_of_row<S: Simd>() -> usize {
+        positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) * TILES * S::LANES
+    }
+
+    const fn sums_of_group<S: Simd>() -> usize {
+        positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) * Self::sums_of_row::<S>()
+    }
+
+    /// Adds the products of some words of channels, `sums` being those of all groups of tiles. A row of so few words takes some hundred cycles:
+    /// what is the same for all is found before the first.
     #[inline(always)]
-    fn multiply<S: Simd>(
-        &self,
-        simd: S,
-        words: Range<usize>,
-        row: usize,
-        group: usize,
-        columns: &mut Columns,
-        sums: &mut [f32],
-    ) {
-        let axis = axis::<W>(STRIDE);
-        let (word_len, tiles) = (TAPS * TAPS * S::LANES * W::PER_WORD, self.layout.tile * self.group);
+    fn multiply<S: Simd>(&self, simd: S, words: Range<usize>, columns: &mut Columns, sums: &mut [f32]) {
+        let (groups, tiles) = (self.tiles.div_ceil(self.group), self.layout.tile * self.group);
+        let word_len = TAPS * TAPS * S::LANES * W::PER_WORD;
         let taps = &self.filter.taps[self.filter.start(self.vector, words.start)..][..words.len() * word_len];
         let block = &self.inputs[words.start / together(STRIDE) * self.layout.block..][..self.layout.block];
-        let inputs = &block[row * self.layout.row + group * tiles..][..tiles];
-        assert!(sums.len() >= positions(axis, axis.outputs) * TILES * S::LANES);
-        let product = Product {
-            taps: taps.as_ptr(),
-            inputs: inputs.as_ptr().cast(),
-            words: words.len(),
-            group: self.group,
-            corners: self.corners,
-            columns: columns.as_mut_ptr(),
-            sums: sums.as_mut_ptr(),
-            first: words.start == 0 && row == Slots::<W, STRIDE>::position(row),
-        };
-        let value = Slots::<W, STRIDE>::value(row);
-        unrolled!(ROW => {
-            if const { ROW < values::<W>(STRIDE) } && ROW == value {
-                // SAFETY: there are as many taps, inputs and sums, as the slices say.
-                unsafe { product.add_row::<S, STRIDE, ROW>(simd) };
+        assert!(
+            groups * tiles <= self.layout.row && const { slots(axis::<W>(STRIDE)) } * self.layout.row <= block.len()
+        );
+        assert!(groups * Self::sums_of_group::<S>() <= sums.len());
+        unrolled!(SLOT => {
+            if const { SLOT < slots(axis::<W>(STRIDE)) } {
+                let position = const { position_of(axis::<W>(STRIDE), SLOT) };
+                for group in 0..groups {
+                    let at = group * Self::sums_of_group::<S>() + position * Self::sums_of_row::<S>();
+                    let product = Product {
+                        taps: taps.as_ptr(),
+                        inputs: block.as_ptr().wrapping_add(SLOT * self.layout.row + group * tiles).cast(),
+                        words: words.len(),
+                        group: self.group,
+                        corners: self.corners,
+                        columns: columns.as_mut_ptr(),
+                        sums: sums.as_mut_ptr().wrapping_add(at),
+                        first: words.start == 0 && position == SLOT,
+                    };
+                    unrolled!(ROW => {
+                        if const { ROW < values::<W>(STRIDE) && ROW == value_of::<W>(STRIDE, SLOT) } {
+                            // SAFETY: there are as many taps, inputs and sums, as asserted; slots follow each other.
+                            unsafe { product.add_row::<S, STRIDE, ROW>(simd) };
+                        }
+                    });
+                }
             }
         });
     }
