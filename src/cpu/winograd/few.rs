@@ -3,7 +3,7 @@
 //! What [`super::strips`] does, bit by bit, but transformed filters are never stored. Where a few tiles share a filter, passing
 //! its values, 36 or 81, through L2 takes longer than the products. So a task takes one vector of output channels and one row of
 //! positions at a time. For one word of input channels after the other it transforms the filters, in registers, to the values of that
-//! row, and multiplies each with the inputs of all tiles. Taps, which stay in L1, are read for each row. Their transform along the columns is
+//! row, and multiplies each with the inputs of all tiles. Taps, which stay in L1, are read for each row; their transform along the columns is
 //! shared by two rows at opposite points and by two parts of a row, through L1: more of it would take more stores.
 
 mod product;

@@ -20,7 +20,7 @@ pub(super) struct Place {
     pub left: usize,
 }
 
-/// Bytes of a convolution's inputs or outputs that stay in L2.
+/// Bytes of a convolution's inputs, or of its outputs, up to which threads find them in their own caches.
 const NEAR: usize = 2 << 20;
 
 /// What a convolution reads and what it writes.
@@ -38,8 +38,8 @@ impl Extents {
         Extents { images: shape.n, input: [shape.h, shape.w, shape.c], output: [oh, ow, shape.o] }
     }
 
-    /// Whether the values, of type `T`, come from further than the caches of the threads themselves. If not, they come as fast without
-    /// being asked for.
+    /// Whether inputs or outputs, of type `T`, come from further than the caches of the threads themselves. If not, they come as fast
+    /// without being asked for, and requests take the places of loads.
     pub fn are_far<T>(&self) -> bool {
         let values = [self.input, self.output].map(|extents| self.images * extents.iter().product::<usize>());
         values.iter().max().is_some_and(|values| values * size_of::<T>() > NEAR)
