@@ -18,7 +18,7 @@ use crate::cpu::gemm::{Epilogue, Output};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use product::{Columns, Product, are_corners};
+use product::{Columns, Product, are_corners, at_value};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -164,11 +164,9 @@ impl<W: Float, const STRIDE: usize> Vector<'_, W, STRIDE> {
                         sums: sums.as_mut_ptr().wrapping_add(at),
                         first: words.start == 0 && position == SLOT,
                     };
-                    unrolled!(ROW => {
-                        if const { ROW < values::<W>(STRIDE) && ROW == value_of::<W>(STRIDE, SLOT) } {
-                            // SAFETY: there are as many taps, inputs and sums, as asserted; slots follow each other.
-                            unsafe { product.add_row::<S, STRIDE, ROW>(simd) };
-                        }
+                    at_value!(const { value_of::<W>(STRIDE, SLOT) }, ROW => {
+                        // SAFETY: there are as many taps, inputs and sums, as asserted; slots follow each other.
+                        unsafe { product.add_row::<S, STRIDE, ROW>(simd) };
                     });
                 }
             }

@@ -320,9 +320,11 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
                 let taps = &self.filter.taps[start..][..word_len];
                 let at = vector / S::VECTORS * panel + (word - words.start) * row + vector % S::VECTORS * tap_len;
                 if ROW == 0 {
-                    // The first row brings the taps into L2.
+                    // The other rows find them in L2.
                     let ahead = taps.as_ptr().wrapping_add(WORDS_AHEAD * word_len);
-                    (0..TAPS * TAPS).for_each(|tap| simd.prefetch_near(ahead.wrapping_add(tap * tap_len).cast()));
+                    for tap in 0..TAPS * TAPS {
+                        simd.prefetch_near(ahead.wrapping_add(tap * tap_len).cast());
+                    }
                 }
                 for part in (0..tap_len).step_by(S::LANES) {
                     let taps = taps[part..].as_ptr();

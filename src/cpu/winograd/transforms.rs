@@ -345,18 +345,12 @@ impl<X: Transform, const ROW: usize> Row<X, ROW> {
         let [first, second] = [simd.add(same, different), simd.sub(same, different)];
         if const { Self::PAIR[0] == ROW } { [first, second] } else { [second, first] }
     }
-
-    /// Of this row: the compiler leaves the other out.
-    #[inline(always)]
-    fn of<S: Simd>(simd: S, values: &[S::V; MAX]) -> S::V {
-        Self::of_both(simd, values)[0]
-    }
 }
 
-/// Result `ROW` of a transform from values to points.
+/// Result `ROW` of a transform from values to points: the compiler leaves the other out.
 #[inline(always)]
 pub(super) fn at_point<X: Transform, S: Simd, const ROW: usize>(simd: S, values: &[S::V; MAX]) -> S::V {
-    Row::<X, ROW>::of(simd, values)
+    at_opposite_points::<X, S, ROW>(simd, values)[0]
 }
 
 /// [`at_point`], and the result at the opposite point, which has the same bits as if it were computed alone.
@@ -376,7 +370,7 @@ fn to_points<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX
     if const { S::REGISTERS >= pairs::REGISTERS && pairs::exist(X::POINTS) } {
         return pairs::apply::<X, S>(simd, values);
     }
-    vectors!(simd, X::RESULTS, ROW => Row::<X, ROW>::of(simd, values))
+    vectors!(simd, X::RESULTS, ROW => at_point::<X, S, ROW>(simd, values))
 }
 
 /// A column of a transform, and the one that is the same but for signs.

@@ -23,6 +23,8 @@ macro_rules! at_value {
     };
 }
 
+pub(super) use at_value;
+
 /// The slots of a row that are taken together, the first and how many: those of a phase, or where there is one that is too long
 /// for `tiles` tiles in so many registers, a half of it. Opposite points stay together.
 const fn part_of_row<W: Float>(registers: usize, stride: usize, tiles: usize, part: usize) -> [usize; 2] {
