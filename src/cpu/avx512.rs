@@ -82,6 +82,16 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn spread_pixels(self, from: *const bf16, to: *mut bf16) {
+        // SAFETY: `self` proves the feature; the caller vouches for the rest.
+        unsafe {
+            let order = _mm512_loadu_si512(SPREAD.as_ptr().cast());
+            // The fourth of every four is zero.
+            let spread = _mm512_maskz_permutexvar_epi16(0x7777_7777, order, _mm512_loadu_si512(from.cast()));
+            _mm512_storeu_si512(to.cast(), spread);
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         // SAFETY: `self` proves the feature; the caller vouches for the rest.
         unsafe {
@@ -169,6 +179,18 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn store_two_bf16(self, p: *mut bf16, [first, second]: [__m512; 2]) {
+        // SAFETY: `self` proves the features; the caller vouches for `p`.
+        unsafe {
+            if BF16 {
+                let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+                return _mm512_storeu_si512(p.cast(), rounded);
+            }
+            self.store_bf16(p, first);
+            self.store_bf16(p.add(16), second);
+        }
+    }
+    #[inline(always)]
     fn pairs(self, low: __m512, high: __m512) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe {
@@ -199,6 +221,17 @@ static INTERLEAVED: [u16; 32] = {
     let mut i = 0;
     while i < 32 {
         order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
+/// Indices of the values of eight pixels of three among those of four.
+static SPREAD: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 4 * 3 + i % 4) as u16;
         i += 1;
     }
     order

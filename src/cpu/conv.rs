@@ -3,7 +3,7 @@
 use super::float::{Float, convert};
 use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
-use super::pool::{PoolShape, max_pool};
+use super::pool::{PoolShape, max_pool, max_pool_as_computed};
 use super::simd::Isa;
 use super::tiles::TileFilter;
 use super::tiles::multiply::Product;
@@ -15,6 +15,9 @@ use std::borrow::Cow;
 /// Below this many input channels the taps of a filter's row are merged into one run over a padded copy of the input:
 /// runs of three floats would leave the micro-kernel mostly overhead.
 const FEW_CHANNELS: usize = 16;
+
+/// Rows of outputs that tiles compute before they are pooled: of the network's first layer a quarter of an L2 of 2 MiB.
+const ROWS_POOLED: usize = 32;
 
 /// Compiles an expression for the tiles of an instruction set that has them.
 macro_rules! on_tiles {
@@ -269,6 +272,15 @@ pub fn forward_max_pool<T: Float>(
         }
         PackedFilter::WinogradWide(Winograd::Rows(filter)) => {
             winograd::rows::forward_max_pool(x, filter, shape, epilogue, pooling, y)
+        }
+        PackedFilter::Tiles(isa, filter) if pooling.n > 0 => {
+            let product = on_tiles_product(shape);
+            max_pool_as_computed(
+                pooling,
+                ROWS_POOLED,
+                y,
+                |image, rows, out| on_tiles!(*isa, U => product.multiply_rows::<U, T>(*isa, x, filter, (image, rows), out, epilogue)),
+            );
         }
         _ => {
             let mut whole = Scratch::take(pooling.n * pooling.h * pooling.w * pooling.c);

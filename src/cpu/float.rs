@@ -35,6 +35,11 @@ pub trait Float: Element + Default + PartialOrd {
     /// # Safety
     /// `p` is valid for writing `S::LANES` values.
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
+    /// [`Float::store`] of two vectors, one after the other.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `2 * S::LANES` values.
+    unsafe fn store_two<S: Simd>(simd: S, p: *mut Self, vectors: [S::V; 2]);
 
     /// The first and the last values of a vector of words from `p`; where a word is one value, both are that.
     ///
@@ -92,6 +97,14 @@ impl Float for f32 {
         unsafe { simd.store(p, v) }
     }
     #[inline(always)]
+    unsafe fn store_two<S: Simd>(simd: S, p: *mut f32, [first, second]: [S::V; 2]) {
+        // SAFETY: the caller vouches for `p`.
+        unsafe {
+            simd.store(p, first);
+            simd.store(p.add(S::LANES), second);
+        }
+    }
+    #[inline(always)]
     fn words<S: Simd>(_simd: S, first: S::V, _last: S::V) -> S::V {
         first
     }
@@ -141,6 +154,11 @@ impl Float for bf16 {
     unsafe fn store<S: Simd>(simd: S, p: *mut bf16, v: S::V) {
         // SAFETY: the caller vouches for `p`.
         unsafe { simd.store_bf16(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_two<S: Simd>(simd: S, p: *mut bf16, vectors: [S::V; 2]) {
+        // SAFETY: the caller vouches for `p`.
+        unsafe { simd.store_two_bf16(p, vectors) }
     }
     #[inline(always)]
     fn words<S: Simd>(simd: S, first: S::V, last: S::V) -> S::V {
@@ -221,7 +239,7 @@ pub fn narrow(x: &[f32], y: &mut [bf16]) {
 
 /// `x` to `parts[..][at..]`: the nearest bf16, then the nearest of what is left, and so on.
 #[inline(always)]
-pub(super) fn split<S: Simd, T: Float>(simd: S, x: &[T], at: usize, parts: &mut [Scratch<bf16>]) {
+pub(super) fn split<S: Simd, T: Float>(simd: S, x: &[T], at: usize, parts: &mut [&mut [bf16]]) {
     let whole = x.len() / S::LANES * S::LANES;
     assert!(parts.iter().all(|part| part.len() >= at + x.len()));
     for i in (0..whole).step_by(S::LANES) {

@@ -1,6 +1,7 @@
 //! Pooling over `[n, h, w, c]`.
 
 use super::float::Float;
+use super::parallel::for_each_of;
 use super::simd::vectorised;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -67,17 +68,61 @@ pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
     });
 }
 
+/// [`max_pool`] of images that `compute(image, rows, out)` gives some rows of, `together` at a time: they stay in L2 until they are pooled.
+pub fn max_pool_as_computed<T: Float>(
+    shape: &PoolShape,
+    together: usize,
+    y: &mut [T],
+    compute: impl Fn(usize, Range<usize>, &mut [T]) + Sync,
+) {
+    let ([windows, windows_across], row_len) = (shape.output(), shape.w * shape.c);
+    let pooled_len = windows_across * shape.c;
+    assert_eq!(y.len(), shape.n * windows * pooled_len);
+    // Where tasks meet, rows that both need are computed twice.
+    let parts = rayon::current_num_threads().div_ceil(shape.n.max(1)).min(windows.div_ceil(together / 2)).max(1);
+    let part = windows.div_ceil(parts);
+    let pieces = y
+        .chunks_mut(windows * pooled_len)
+        .enumerate()
+        .flat_map(|(image, y)| y.chunks_mut(part * pooled_len).enumerate().map(move |(i, y)| (image, i * part, y)));
+    for_each_of(pieces, |(image, first, y)| {
+        // Rows that are there, from the first that is still needed on.
+        let mut kept = Scratch::<T>::take((together + shape.kernel) * row_len);
+        let mut there = 0..0;
+        let end = shape.rows((first + part).min(windows) - 1).end;
+        for (row, y) in (first..).zip(y.chunks_exact_mut(pooled_len)) {
+            let needed = shape.rows(row);
+            while there.end < needed.end {
+                let done = needed.start.min(there.end) - there.start;
+                kept.copy_within(done * row_len..there.len() * row_len, 0);
+                let start = there.end.max(needed.start);
+                let rows = start..end.min(start + together);
+                there = needed.start..rows.end;
+                let out = &mut kept[(start - there.start) * row_len..][..rows.len() * row_len];
+                compute(image, rows, out);
+            }
+            max_pool_row(&kept[(needed.start - there.start) * row_len..], shape, row, y);
+        }
+    });
+}
+
 /// A row of [`max_pool`] from the rows of an image that it covers, the first of which `x` begins with.
 pub(super) fn max_pool_row<T: Float>(x: &[T], shape: &PoolShape, row: usize, y: &mut [T]) {
-    // First along the columns of a window's rows, whole rows at a time.
-    let mut greatest = Scratch::<f32>::take(shape.w * shape.c);
-    let mut rows = x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len());
-    let [a, b, c] = three(&mut rows);
-    T::read(a, |a| T::read(b, |b| T::read(c, |c| take_greatest([a, b, c], &mut greatest))));
-    for x in rows {
-        T::read(x, |x| take_greater(x, &mut greatest));
+    match T::PER_WORD {
+        1 => pool_row::<f32>(bytemuck::cast_slice(x), shape, row, bytemuck::cast_slice_mut(y)),
+        _ => pool_row::<i16>(bytemuck::cast_slice(x), shape, row, bytemuck::cast_slice_mut(y)),
     }
-    T::write(y, |y| take_greatest_of_windows(&greatest, shape, y));
+}
+
+fn pool_row<K: Ordered>(x: &[K], shape: &PoolShape, row: usize, y: &mut [K]) {
+    // First along the columns of a window's rows, whole rows at a time.
+    let mut greatest = Scratch::<K>::take(shape.w * shape.c);
+    let mut rows = x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len());
+    K::take_greatest(three(&mut rows), &mut greatest);
+    for x in rows {
+        K::take_greater(x, &mut greatest);
+    }
+    K::take_greatest_of_windows(&greatest, shape, y);
 }
 
 /// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
@@ -155,47 +200,139 @@ fn three<T: Copy>(mut covered: impl Iterator<Item = T>) -> [T; 3] {
     [first, second, covered.next().unwrap_or(second)]
 }
 
-/// The greater, or NaN if one is.
-#[inline(always)]
-fn greater(x: f32, y: f32) -> f32 {
-    if x > y || x.is_nan() { x } else { y }
+/// Values by their order, as which they are compared: f32 are their own, and the bits of bf16 become integers that 32 lanes compare.
+trait Ordered: bytemuck::Pod {
+    /// NaN is greater than any number.
+    fn order(self) -> Self;
+    /// The value of an order.
+    fn value(self) -> Self;
+    /// The greater of two orders.
+    fn greater(self, other: Self) -> Self;
+
+    /// The order of the greatest of each three values.
+    fn take_greatest(x: [&[Self]; 3], y: &mut [Self]);
+    /// The greater of the orders that are there and those of more values.
+    fn take_greater(x: &[Self], y: &mut [Self]);
+    /// The greatest values of the pixels of a row that each window covers, from their orders.
+    fn take_greatest_of_windows(pixels: &[Self], shape: &PoolShape, y: &mut [Self]);
 }
 
-/// The greatest of each three, within a function that is vectorised.
-#[inline(always)]
-fn take_each_greatest([a, b, c]: [&[f32]; 3], y: &mut [f32]) {
-    for (((y, &a), &b), &c) in y.iter_mut().zip(a).zip(b).zip(c) {
-        *y = greater(c, greater(b, a));
+impl Ordered for f32 {
+    #[inline(always)]
+    fn order(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn greater(self, other: f32) -> f32 {
+        if self > other || self.is_nan() { self } else { other }
+    }
+    fn take_greatest(x: [&[f32]; 3], y: &mut [f32]) {
+        take_greatest(x, y);
+    }
+    fn take_greater(x: &[f32], y: &mut [f32]) {
+        take_greater(x, y);
+    }
+    fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
+        take_greatest_of_windows(pixels, shape, y);
     }
 }
 
-/// The same of what is there and more.
-#[inline(always)]
-fn take_each_greater(x: &[f32], y: &mut [f32]) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = greater(x, *y);
+/// The bits of a bf16: a sign, and what grows with the magnitude from 0 up to infinity and NaN.
+impl Ordered for i16 {
+    #[inline(always)]
+    fn order(self) -> i16 {
+        // Negative infinity becomes the least, and negative NaNs, which would be less, wrap round to the greatest.
+        turned(self).wrapping_sub(NANS)
     }
+    #[inline(always)]
+    fn value(self) -> i16 {
+        turned(self.wrapping_add(NANS))
+    }
+    #[inline(always)]
+    fn greater(self, other: i16) -> i16 {
+        self.max(other)
+    }
+    fn take_greatest(x: [&[i16]; 3], y: &mut [i16]) {
+        take_greatest_bf16(x, y);
+    }
+    fn take_greater(x: &[i16], y: &mut [i16]) {
+        take_greater_bf16(x, y);
+    }
+    fn take_greatest_of_windows(pixels: &[i16], shape: &PoolShape, y: &mut [i16]) {
+        take_greatest_of_windows_bf16(pixels, shape, y);
+    }
+}
+
+/// NaNs of either sign.
+const NANS: i16 = 0x7f;
+
+/// Negative ones so that they grow with their value; done twice it is nothing.
+#[inline(always)]
+fn turned(bits: i16) -> i16 {
+    bits ^ (bits >> 15 & i16::MAX)
+}
+
+// What is vectorised is not generic; these are within functions that are.
+
+#[inline(always)]
+fn each_greatest<K: Ordered>([a, b, c]: [&[K]; 3], y: &mut [K]) {
+    for (((y, a), b), c) in y.iter_mut().zip(a).zip(b).zip(c) {
+        *y = c.order().greater(b.order().greater(a.order()));
+    }
+}
+
+#[inline(always)]
+fn each_greater<K: Ordered>(x: &[K], y: &mut [K]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = x.order().greater(*y);
+    }
+}
+
+#[inline(always)]
+fn greatest_of_windows<K: Ordered>(pixels: &[K], shape: &PoolShape, y: &mut [K]) {
+    let c = shape.c;
+    for (window, y) in y.chunks_exact_mut(c).enumerate() {
+        let mut covered = shape.covered(window, shape.w).map(|ix| &pixels[ix * c..][..c]);
+        let [first, second, third] = three(&mut covered);
+        for (((y, a), b), c) in y.iter_mut().zip(first).zip(second).zip(third) {
+            *y = c.greater(b.greater(*a));
+        }
+        for pixel in covered {
+            for (y, x) in y.iter_mut().zip(pixel) {
+                *y = x.greater(*y);
+            }
+        }
+    }
+    y.iter_mut().for_each(|y| *y = y.value());
 }
 
 vectorised! {
-    fn take_greater(x: &[f32], y: &mut [f32]) {
-        take_each_greater(x, y);
-    }
-
     fn take_greatest(x: [&[f32]; 3], y: &mut [f32]) {
-        take_each_greatest(x, y);
+        each_greatest(x, y);
     }
 
-    /// Of the pixels of a row that each window covers.
+    fn take_greater(x: &[f32], y: &mut [f32]) {
+        each_greater(x, y);
+    }
+
     fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
-        let c = shape.c;
-        for (window, y) in y.chunks_exact_mut(c).enumerate() {
-            let mut covered = shape.covered(window, shape.w).map(|ix| &pixels[ix * c..][..c]);
-            take_each_greatest(three(&mut covered), y);
-            for pixel in covered {
-                take_each_greater(pixel, y);
-            }
-        }
+        greatest_of_windows(pixels, shape, y);
+    }
+
+    fn take_greatest_bf16(x: [&[i16]; 3], y: &mut [i16]) {
+        each_greatest(x, y);
+    }
+
+    fn take_greater_bf16(x: &[i16], y: &mut [i16]) {
+        each_greater(x, y);
+    }
+
+    fn take_greatest_of_windows_bf16(pixels: &[i16], shape: &PoolShape, y: &mut [i16]) {
+        greatest_of_windows(pixels, shape, y);
     }
 
     /// Of the pixels of the row at place `ky` of the windows, each that is greater than the window's maximum.

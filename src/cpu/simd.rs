@@ -189,6 +189,18 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` bf16.
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// [`Simd::store_bf16`] of two vectors, one after the other.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `2 * LANES` bf16.
+    #[inline(always)]
+    unsafe fn store_two_bf16(self, p: *mut bf16, [first, second]: [Self::V; 2]) {
+        // SAFETY: the contract.
+        unsafe {
+            self.store_bf16(p, first);
+            self.store_bf16(p.add(Self::LANES), second);
+        }
+    }
     /// The first and the second values of `LANES` pairs from `p`, widened.
     ///
     /// # Safety
@@ -232,6 +244,20 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
         unsafe {
             let ([even, odd], [even2, odd2]) = (self.load_pairs(first), self.load_pairs(second));
             [self.pairs(even, even2), self.pairs(odd, odd2)]
+        }
+    }
+    /// `LANES / 2` pixels of three bf16, one after the other, to as many of four, the last of which is zero.
+    ///
+    /// # Safety
+    /// `from` is valid for reading, `to` for writing `2 * LANES` values.
+    #[inline(always)]
+    unsafe fn spread_pixels(self, from: *const bf16, to: *mut bf16) {
+        for pixel in 0..Self::LANES / 2 {
+            // SAFETY: the contract.
+            unsafe {
+                let [a, b, c] = from.add(3 * pixel).cast::<[bf16; 3]>().read();
+                to.add(4 * pixel).cast::<[bf16; 4]>().write([a, b, c, bf16::ZERO]);
+            }
         }
     }
     /// As many rows as lanes of as many words, `from_stride` apart, to their columns, `to_stride` apart.

@@ -3,10 +3,11 @@
 use super::layers::{BatchNorm2d, ConvBn, Linear};
 use super::parameter::Parameter;
 use crate::autograd::{self, on_a_worker, recording_if};
+use crate::cpu::Isa;
 use crate::cpu::conv::ConvShape;
 use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams};
-use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
+use crate::tensor::{CpuBuffer, DType, Device, Tensor, with_float};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -206,22 +207,23 @@ impl ResNet18 {
 
     /// Some stages of some pictures of `x`, which are fixed.
     fn group(&self, x: &Tensor, pictures: Range<usize>, stages: Range<Stage>, training: bool) -> Result<Tensor> {
-        if stages.start >= Stage::Layer2 || stages.end < Stage::Layer2 {
+        let together = first_together(x.dtype());
+        if stages.start >= together || stages.end < together {
             return self.stages(x.rows(pictures)?, stages, training);
         }
-        // Up to there activations are large and filters small.
-        let x = self.through_layer1(x, pictures, stages.start, training)?;
-        self.stages(x, Stage::Layer2..stages.end, training)
+        let x = self.one_by_one(x, pictures, stages.start..together, training)?;
+        self.stages(x, together..stages.end, training)
     }
 
-    /// The stages from `first` on to layer1 of some pictures of `x`, one after the other.
-    fn through_layer1(&self, x: &Tensor, pictures: Range<usize>, first: Stage, training: bool) -> Result<Tensor> {
-        let [block, last] = &self.layers[0];
+    /// Some stages, the last of them one of blocks, of some pictures of `x`, one after the other.
+    fn one_by_one(&self, x: &Tensor, pictures: Range<usize>, stages: Range<Stage>, training: bool) -> Result<Tensor> {
+        let layer = of(stages.clone()).last().expect("a stage at least");
+        let [block, last] = &self.layers[layer as usize - Stage::Layer1 as usize];
         let (mut together, mut dims, count) = (None, Vec::new(), pictures.len());
         for (i, picture) in pictures.enumerate() {
-            let x = block
-                .forward(&self.stages(x.rows(picture..picture + 1)?, first..Stage::Layer1, training)?, training)?;
-            // Blocks keep the extents of this layer. The last one's results go where those of all pictures are.
+            let x =
+                block.forward(&self.stages(x.rows(picture..picture + 1)?, stages.start..layer, training)?, training)?;
+            // The last block keeps the extents of its layer. Its results go where those of all pictures are.
             dims = x.dims().to_vec();
             let buffer = || with_float!(x.dtype(), T => CpuBuffer::take::<T>(count * x.numel()));
             last.forward_into(&x, together.get_or_insert_with(buffer), i * x.numel())?;
@@ -360,6 +362,15 @@ impl ResNet18 {
         for stage in Stage::ALL {
             self.batch_norms(stage).for_each(|bn| bn.use_batch_statistics(batch(stage)));
         }
+    }
+}
+
+/// The first stage that pictures go through together: before it activations are large and filters small, and with tiles, whose filters are not
+/// transformed, those of layer2 are small too.
+fn first_together(dtype: DType) -> Stage {
+    match dtype == DType::BF16 && Isa::current().has_tiles() {
+        true => Stage::Layer3,
+        false => Stage::Layer2,
     }
 }
 

@@ -58,6 +58,28 @@ impl<T: Float> Epilogue<'_, T> {
         }
     }
 
+    /// [`Epilogue::store`] of two vectors, one after the other.
+    ///
+    /// # Safety
+    /// As there, for both.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn store_two<S: Simd>(
+        &self,
+        simd: S,
+        sums: [S::V; 2],
+        bias: [S::V; 2],
+        c: *mut T,
+        at: usize,
+    ) {
+        // SAFETY: the contract.
+        unsafe {
+            let added = self.added(c, at);
+            let first = self.finished(simd, sums[0], Some(bias[0]), added);
+            let second = self.finished(simd, sums[1], Some(bias[1]), added.map(|added| added.add(S::LANES)));
+            T::store_two(simd, c.add(at), [first, second]);
+        }
+    }
+
     /// [`Epilogue::store`] at `c`, with the residual's values from `residual` on, if there is one.
     ///
     /// # Safety
@@ -66,11 +88,21 @@ impl<T: Float> Epilogue<'_, T> {
     pub(super) unsafe fn store_from<S: Simd>(
         &self,
         simd: S,
-        mut sum: S::V,
+        sum: S::V,
         bias: Option<S::V>,
         residual: Option<*const T>,
         c: *mut T,
     ) {
+        // SAFETY: the contract.
+        unsafe { T::store(simd, c, self.finished(simd, sum, bias, residual)) };
+    }
+
+    /// What is stored.
+    ///
+    /// # Safety
+    /// `residual` is valid for reading a vector.
+    #[inline(always)]
+    unsafe fn finished<S: Simd>(&self, simd: S, mut sum: S::V, bias: Option<S::V>, residual: Option<*const T>) -> S::V {
         // SAFETY: the contract.
         unsafe {
             if let Some(bias) = bias {
@@ -82,8 +114,8 @@ impl<T: Float> Epilogue<'_, T> {
             if self.relu {
                 sum = simd.relu(sum);
             }
-            T::store(simd, c, sum);
         }
+        sum
     }
 }
 

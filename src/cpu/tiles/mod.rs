@@ -32,6 +32,11 @@ fn parts(count: usize, len: usize) -> Parts {
     (0..count).map(|_| Scratch::take(len)).collect()
 }
 
+/// Their values, to write to.
+fn slices(parts: &mut Parts) -> Vec<&mut [bf16]> {
+    parts.iter_mut().map(|part| &mut part[..]).collect()
+}
+
 /// [`Tiles::multiply`] of values in one part or in two.
 ///
 /// # Safety

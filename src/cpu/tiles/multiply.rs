@@ -8,7 +8,7 @@
 use super::super::float::Float;
 use super::super::gather::Gather;
 use super::super::gemm::{Epilogue, Output};
-use super::super::parallel::for_each_of;
+use super::super::parallel::for_each;
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
@@ -17,11 +17,14 @@ use super::{HALF, Parts, RIGHT, TileFilter, multiply_parts, parts_of};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Mutex;
 
-/// Bytes of a task's planes: half of an L2 of 2 MiB.
-const PLANES: usize = 1 << 20;
-/// Bytes of a right side that stays in L2 from one task to the next.
-const SMALL_FILTER: usize = 512 << 10;
+/// Bytes of a right side that stays in an L2 of 2 MiB from one part of the left side to the next.
+const RIGHT_STAYS: usize = 5 << 18;
+/// Bytes of a part's planes: few where the right side stays, so that inputs and results do too, else half of L2, for it to be fetched seldom.
+const PLANES: [usize; 2] = [1 << 18, 1 << 20];
+/// Pieces of a few pictures' work that a thread takes: where another program slows one down, others take more of them.
+const PIECES: usize = 2;
 
 /// A product whose left side is read through a [`Gather`].
 pub struct Product {
@@ -90,56 +93,128 @@ impl Product {
             return;
         }
         let c = Output::new(c);
-        for_each_of(self.jobs(b), |(part, panels)| match b.parts {
-            1 => {
-                dispatch(isa, Job::<U, T, 1> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
-            }
-            _ => {
-                dispatch(isa, Job::<U, T, 2> { product: self, part, panels, a, b, c: &c, epilogue, tiles: PhantomData })
-            }
+        let (parts, pieces) = self.jobs(b);
+        let panels = b.columns.div_ceil(TILE);
+        // A thread that goes on with a part has its planes already.
+        let prepared: Vec<Mutex<Option<(usize, Prepared)>>> =
+            (0..rayon::current_num_threads()).map(|_| Mutex::new(None)).collect();
+        for_each(parts.len() * pieces, |i| {
+            let (part, piece) = (i / pieces, i % pieces);
+            let panels = piece * panels / pieces..(piece + 1) * panels / pieces;
+            let slot = &prepared[rayon::current_thread_index().unwrap_or_default()];
+            let mut slot = slot.lock().expect("nobody panics while holding it");
+            let (_, prepared) = match slot.take() {
+                Some(there) if there.0 == part => slot.insert(there),
+                _ => slot.insert((part, self.prepare::<T>(isa, a, &parts[part], 0))),
+            };
+            self.run::<U, T>(isa, prepared, panels, b, &c, epilogue);
         });
     }
 
+    /// Some rows of the outputs of an image, `c`, on this thread; no residual. Every output is a target.
+    pub fn multiply_rows<U: Tiles, T: Float>(
+        &self,
+        isa: Isa,
+        a: &[T],
+        b: &TileFilter,
+        (image, rows): (usize, Range<usize>),
+        c: &mut [T],
+        epilogue: Epilogue<T>,
+    ) {
+        let gather = &self.gather;
+        gather.check(a.len(), gather.target_rows());
+        assert!(gather.target == gather.grid && image < gather.images && rows.end <= gather.grid[0]);
+        assert!(epilogue.residual.is_none() && c.len() == rows.len() * gather.grid[1] * b.columns);
+        epilogue.check(b.columns, c.len());
+        let before = (image * gather.grid[0] + rows.start) * gather.grid[1];
+        let prepared = self.prepare(isa, a, &Part { pictures: image..image + 1, rows }, before);
+        self.run::<U, T>(isa, &prepared, 0..b.columns.div_ceil(TILE), b, &Output::new(c), epilogue);
+    }
+
+    /// Rearranges a part of the left side, whose targets begin after so many.
+    fn prepare<T: Float>(&self, isa: Isa, a: &[T], part: &Part, before: usize) -> Prepared {
+        let arrangement = &self.arrangement;
+        let mut planes = super::parts(parts_of::<T>(), arrangement.len(part));
+        dispatch(isa, Fill { arrangement, x: a, part, planes: &mut planes });
+        Prepared { planes, offsets: arrangement.offsets(part), targets: arrangement.targets(part, before) }
+    }
+
+    fn run<U: Tiles, T: Float>(
+        &self,
+        isa: Isa,
+        left: &Prepared,
+        panels: Range<usize>,
+        b: &TileFilter,
+        c: &Output<T>,
+        epilogue: Epilogue<T>,
+    ) {
+        let (width, tiles) = (self.arrangement.width(), PhantomData);
+        match b.parts {
+            1 => dispatch(isa, Job::<U, T, 1> { left, width, panels, b, c, epilogue, tiles }),
+            _ => dispatch(isa, Job::<U, T, 2> { left, width, panels, b, c, epilogue, tiles }),
+        }
+    }
+
     /// How the work is shared: by pictures while their planes fit, by rows where one alone does not, and further where there are fewer such
-    /// parts than threads. No result depends on it.
-    fn jobs(&self, b: &TileFilter) -> Vec<(Part, Range<usize>)> {
+    /// parts than threads need to end together; and in how many pieces the columns are taken. No result depends on it.
+    fn jobs(&self, b: &TileFilter) -> (Vec<Part>, usize) {
         let (images, height) = (self.gather.images, self.gather.grid[0]);
         let panels = b.columns.div_ceil(TILE);
         let threads = rayon::current_num_threads();
-        let wanted = if images < 2 * threads { 2 * threads } else { threads };
+        let few = images < 2 * threads;
+        let wanted = if few { 2 * threads } else { threads };
         let bytes = |pictures: usize| {
             let part = Part { pictures: 0..pictures, rows: 0..height };
             self.arrangement.len(&part) * size_of::<bf16>() * b.parts
         };
+        let planes = PLANES[usize::from(b.panels.len() * size_of::<bf16>() > RIGHT_STAYS)];
         // Only a picture alone is cut into rows.
-        let fitting =
-            images.div_ceil((PLANES / bytes(1).max(1)).max(1)).next_multiple_of(threads).max(wanted).min(images);
-        let missing = wanted.div_ceil(fitting);
-        let by_columns = b.panels.len() * size_of::<bf16>() > bytes(images.div_ceil(fitting));
-        let (strips, columns) = match fitting == images {
-            true if by_columns => (bytes(1).div_ceil(PLANES), missing),
-            true => (missing.max(bytes(1).div_ceil(PLANES)), 1),
-            false => (1, missing),
-        };
-        let (groups, strips, columns) = (fitting, strips.clamp(1, height), columns.min(panels));
+        let groups =
+            images.div_ceil((planes / bytes(1).max(1)).max(1)).next_multiple_of(threads).max(wanted).min(images);
+        let by_columns = b.panels.len() * size_of::<bf16>() > bytes(images.div_ceil(groups));
+        let strips = if groups < images { 1 } else { bytes(1).div_ceil(planes) };
+        let strips = if by_columns || groups < images { strips } else { strips.max(wanted.div_ceil(groups)) };
+        let strips = strips.clamp(1, height);
+        let pieces = if few { (PIECES * threads).div_ceil(groups * strips) } else { 1 };
         let piece = |i: usize, count: usize, of: usize| i * of / count..(i + 1) * of / count;
-        let mut jobs = Vec::with_capacity(groups * strips * columns);
-        for group in 0..groups {
-            for strip in 0..strips {
-                let part = Part { pictures: piece(group, groups, images), rows: piece(strip, strips, height) };
-                jobs.extend((0..columns).map(|i| (part.clone(), piece(i, columns, panels))));
-            }
-        }
-        jobs
+        let part =
+            |i: usize| Part { pictures: piece(i / strips, groups, images), rows: piece(i % strips, strips, height) };
+        ((0..groups * strips).map(part).collect(), pieces.clamp(1, panels))
+    }
+}
+
+/// A part of the left side.
+struct Prepared {
+    planes: Parts,
+    /// Where each step begins for the first position.
+    offsets: Vec<usize>,
+    /// Of each position.
+    targets: Vec<usize>,
+}
+
+/// [`Arrangement::fill`] of all chunks.
+struct Fill<'a, T> {
+    arrangement: &'a Arrangement,
+    x: &'a [T],
+    part: &'a Part,
+    planes: &'a mut Parts,
+}
+
+impl<T: Float> Task for Fill<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.arrangement.fill(simd, self.x, self.part, 0..self.arrangement.chunks(), self.planes);
     }
 }
 
 /// What one task computes, with `PARTS` parts of either side.
 struct Job<'a, U, T, const PARTS: usize> {
-    product: &'a Product,
-    part: Part,
+    left: &'a Prepared,
+    /// Values from one position to the next.
+    width: usize,
     panels: Range<usize>,
-    a: &'a [T],
     b: &'a TileFilter,
     c: &'a Output<T>,
     epilogue: Epilogue<'a, T>,
@@ -151,25 +226,22 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let arrangement = &self.product.arrangement;
-        let (len, width) = (arrangement.len(&self.part), arrangement.width());
-        let mut planes: Parts = super::parts(PARTS, len);
-        arrangement.fill(simd, self.a, &self.part, 0..arrangement.chunks(), &mut planes);
+        let Prepared { planes, offsets, targets } = self.left;
+        let width = self.width;
         let left: [*const bf16; PARTS] = std::array::from_fn(|part| planes[part].as_ptr());
-        let offsets = arrangement.offsets(&self.part);
-        let targets = arrangement.targets(&self.part);
         let furthest = offsets.iter().max().map_or(0, |offset| offset + (targets.len() - 1) * width + STEP);
-        assert!(furthest <= len && offsets.len() == self.b.steps, "tiles lie inside the planes");
-        // Lines of the next panel that are asked for at each step.
-        let (blocks, lines) = (targets.len() / TILE, PARTS * RIGHT * size_of::<bf16>() / 64);
-        let large = self.b.panels.len() * size_of::<bf16>() > SMALL_FILTER;
-        let mut sums = [[0.0f32; TILE]; TILE];
+        assert!(planes.iter().all(|part| furthest <= part.len()), "tiles lie inside the planes");
+        assert_eq!(offsets.len(), self.b.steps);
+        let blocks = targets.len() / TILE;
+        // While a block is multiplied, the sums of the one before it are finished, some rows at each step.
+        let mut sums = [Sums::default(), Sums::default()];
+        let [mut now, mut before] = sums.each_mut();
+        let mut unfinished = Finished { targets: &[], column: 0, bias: [0.0; TILE] };
+        let rows = TILE.div_ceil(offsets.len().max(1));
         let mut tiles = U::new();
         for panel in self.panels.clone() {
             let right = self.b.panel(panel);
-            let next = if large && panel + 1 < self.panels.end { self.b.panel(panel + 1) } else { &[] };
             for block in 0..blocks {
-                let ahead = if next.is_empty() { 0..0 } else { block * lines / blocks..(block + 1) * lines / blocks };
                 // SAFETY: the left side's tiles lie inside the planes, as asserted, and the right side has as many steps.
                 unsafe {
                     tiles.start(std::ptr::null(), 0);
@@ -180,52 +252,70 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
                         multiply_parts(&mut tiles, a, width, b);
-                        for line in ahead.clone() {
-                            simd.prefetch(next.as_ptr().wrapping_add(step * PARTS * RIGHT + line * 32).cast());
-                        }
+                        self.finish(simd, before, &unfinished, step * rows..(step + 1) * rows);
                     }
-                    tiles.finish(sums.as_mut_ptr().cast(), TILE);
+                    // Where there are no steps.
+                    self.finish(simd, before, &unfinished, offsets.len() * rows..TILE);
+                    tiles.finish(now.0.as_mut_ptr().cast(), TILE);
                 }
-                self.finish(simd, &sums, &targets[block * TILE..][..TILE], panel * TILE);
+                std::mem::swap(&mut now, &mut before);
+                unfinished = self.finished(&targets[block * TILE..][..TILE], panel * TILE);
             }
         }
+        self.finish(simd, before, &unfinished, 0..TILE);
     }
 }
 
+/// The sums of a block.
+#[derive(Default)]
+#[repr(align(64))]
+struct Sums([[f32; TILE]; TILE]);
+
+/// Where the sums of a block go.
+struct Finished<'a> {
+    /// Of each position; none at all before the first block.
+    targets: &'a [usize],
+    /// The first of the columns.
+    column: usize,
+    bias: [f32; TILE],
+}
+
 impl<U, T: Float, const PARTS: usize> Job<'_, U, T, PARTS> {
-    /// Finishes the sums of some positions from `column` on.
-    #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, sums: &[[f32; TILE]; TILE], targets: &[usize], column: usize) {
-        const { assert!(TILE.is_multiple_of(S::LANES) && S::LANES >= 4) };
-        // In locals, which no result can overwrite.
-        let (epilogue, c, columns) = (self.epilogue, self.c.pointer(), self.b.columns);
-        let count = (columns - column).min(TILE);
+    /// For the sums of some positions from `column` on.
+    fn finished<'a>(&self, targets: &'a [usize], column: usize) -> Finished<'a> {
         let mut bias = [0.0; TILE];
-        if let Some(values) = epilogue.bias {
-            bias[..count].copy_from_slice(&values[column..column + count]);
+        if let Some(values) = self.epilogue.bias {
+            let values = &values[column..values.len().min(column + TILE)];
+            bias[..values.len()].copy_from_slice(values);
         }
-        let mut vectors = [simd.splat(0.0); TILE / 4];
-        for (i, vector) in vectors.iter_mut().enumerate().take(TILE / S::LANES) {
-            // SAFETY: vectors of the tile's columns.
-            *vector = unsafe { simd.load(bias.as_ptr().add(i * S::LANES)) };
-        }
-        for (sums, &target) in sums.iter().zip(targets) {
-            if target == NONE {
+        Finished { targets, column, bias }
+    }
+
+    /// Finishes some rows of sums, as far as there are.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, sums: &Sums, to: &Finished, rows: Range<usize>) {
+        const { assert!(TILE.is_multiple_of(2 * S::LANES)) };
+        // In locals, which no result can overwrite.
+        let (epilogue, c, columns, first) = (self.epilogue, self.c.pointer(), self.b.columns, to.column);
+        let (targets, bias, sums) = (to.targets, to.bias.as_ptr(), sums.0.as_ptr());
+        let whole = first + TILE <= columns;
+        for row in rows.start..rows.end.min(targets.len()) {
+            if targets[row] == NONE {
                 continue;
             }
-            let at = target * columns + column;
-            if count == TILE {
-                for (i, &bias) in vectors.iter().enumerate().take(TILE / S::LANES) {
-                    // SAFETY: rows of the target are this task's alone and lie inside `c`, and so do the tile's columns of them.
-                    unsafe {
-                        let sum = simd.load(sums.as_ptr().add(i * S::LANES));
-                        epilogue.store(simd, sum, Some(bias), c, at + i * S::LANES);
+            let at = targets[row] * columns + first;
+            // SAFETY: rows of the target are this task's alone and lie inside `c`, and so do the tile's columns of them, as many as there are.
+            unsafe {
+                let sums: *const f32 = sums.add(row).cast();
+                if whole {
+                    for i in (0..TILE).step_by(2 * S::LANES) {
+                        let two = |values: *const f32| [i, i + S::LANES].map(|i| simd.load(values.add(i)));
+                        epilogue.store_two(simd, two(sums), two(bias), c, at + i);
                     }
-                }
-            } else {
-                for i in 0..count {
-                    // SAFETY: as above, for the columns that there are.
-                    unsafe { epilogue.store(Scalar, sums[i], Some(bias[i]), c, at + i) };
+                } else {
+                    for i in 0..columns - first {
+                        epilogue.store(Scalar, *sums.add(i), Some(*bias.add(i)), c, at + i);
+                    }
                 }
             }
         }

@@ -9,13 +9,10 @@
 use super::super::float::{Float, split};
 use super::super::gather::Gather;
 use super::super::simd::Simd;
-use super::Parts;
 use super::amx::{STEP, TILE};
+use super::{Parts, slices};
 use half::bf16;
 use std::ops::Range;
-
-/// Grids of fewer columns than this get a plane for each column of the filter: dropped positions would be many.
-const NARROW: usize = 16;
 
 /// How the pictures of a [`Gather`] lie in planes.
 pub(super) struct Arrangement {
@@ -59,18 +56,15 @@ impl Arrangement {
     /// For the taps of `gather` one by one, in chunks of [`STEP`] channels.
     pub fn new(gather: &Gather) -> Self {
         let [sy, sx] = gather.step.map(|s| s as isize);
-        let narrow = gather.grid[1] < NARROW;
-        // Taps that are a multiple of the stride apart read the same plane; in a narrow one, only those of one column do.
-        let class = |&[dy, dx]: &[isize; 2]| [dy.rem_euclid(sy), if narrow { dx } else { dx.rem_euclid(sx) }];
+        // Taps that are a multiple of the stride apart read the same plane.
+        let class = |&[dy, dx]: &[isize; 2]| [dy.rem_euclid(sy), dx.rem_euclid(sx)];
         let mut classes: Vec<[isize; 2]> = gather.taps.iter().map(class).collect();
         classes.sort_unstable();
         classes.dedup();
         let first_row = gather.taps.iter().map(|tap| tap[0].div_euclid(sy)).min().unwrap_or(0);
         let first_column = gather.taps.iter().map(|tap| tap[1].div_euclid(sx)).min().unwrap_or(0);
-        let planes: Vec<[isize; 2]> = classes
-            .iter()
-            .map(|&[y, x]| [first_row * sy + y, if narrow { x } else { first_column * sx + x }])
-            .collect();
+        let planes: Vec<[isize; 2]> =
+            classes.iter().map(|&[y, x]| [first_row * sy + y, first_column * sx + x]).collect();
         let place = |tap: &[isize; 2]| {
             let plane = classes.iter().position(|other| *other == class(tap)).expect("every tap's class is listed");
             let [y, x] = planes[plane];
@@ -207,14 +201,14 @@ impl Arrangement {
             .collect()
     }
 
-    /// The row of the target that each position computes, [`NONE`] where there is no output, for whole tiles.
-    pub fn targets(&self, part: &Part) -> Vec<usize> {
+    /// The row of the target that each position computes, less `before`, [`NONE`] where there is no output, for whole tiles.
+    pub fn targets(&self, part: &Part, before: usize) -> Vec<usize> {
         let mut targets = vec![NONE; self.positions(part).next_multiple_of(TILE)];
         let ([y0, x0], [sy, sx]) = (self.target_start, self.target_step);
         for (i, picture) in part.pictures.clone().enumerate() {
             for (j, row) in part.rows.clone().enumerate() {
                 let first = (i * self.rows(part) + j) * self.pitch;
-                let target = (picture * self.target[0] + y0 + row * sy) * self.target[1] + x0;
+                let target = (picture * self.target[0] + y0 + row * sy) * self.target[1] + x0 - before;
                 for (x, position) in targets[first..][..self.grid[1]].iter_mut().enumerate() {
                     *position = target + x * sx;
                 }
@@ -227,10 +221,15 @@ impl Arrangement {
     /// that many chunks.
     #[inline(always)]
     pub fn fill<S: Simd, T: Float>(&self, simd: S, x: &[T], part: &Part, chunks: Range<usize>, out: &mut Parts) {
+        let out = &mut slices(out)[..];
         let len = self.chunk_len(part);
         let row_len = self.pitch * self.width;
         let rows = self.rows(part);
         for (i, &plane) in self.planes.iter().enumerate() {
+            let inside = match self.merged {
+                true => self.columns_inside(plane[1], 1, row_len / merged_pixel(self.channels)),
+                false => self.columns_inside(plane[1], self.step[1], self.pitch),
+            };
             for row in 0..part.pictures.len() * rows + self.shared {
                 // Where pictures share rows, those are of zeros.
                 let picture = (row / rows).min(part.pictures.len() - 1);
@@ -243,16 +242,16 @@ impl Arrangement {
                 for (j, chunk) in chunks.clone().enumerate() {
                     let at = (i * chunks.len() + j) * len + row * row_len;
                     match source {
-                        None => zero(out, at..at + row_len),
-                        Some(source) if self.merged => self.fill_merged(simd, source, plane[1], at, out),
-                        Some(source) => self.fill_row(simd, source, plane[1], chunk, at, out),
+                        None => zero(simd, out, at..at + row_len),
+                        Some(source) if self.merged => self.fill_merged(simd, source, &inside, at, out),
+                        Some(source) => self.fill_row(simd, source, &inside, chunk, at, out),
                     }
                 }
             }
             let written = (part.pictures.len() * rows + self.shared) * row_len;
             for j in 0..chunks.len() {
                 let at = (i * chunks.len() + j) * len;
-                zero(out, at + written..at + len);
+                zero(simd, out, at + written..at + len);
             }
         }
     }
@@ -263,64 +262,94 @@ impl Arrangement {
         &self,
         simd: S,
         source: &[T],
-        column: isize,
+        inside: &Inside,
         chunk: usize,
         at: usize,
-        out: &mut Parts,
+        out: &mut [&mut [bf16]],
     ) {
-        let step = self.step[1];
-        let (first, last) = inside(column, step, self.source[1], self.pitch);
-        zero(out, at..at + first * STEP);
-        zero(out, at + last * STEP..at + self.pitch * STEP);
-        let channel = chunk * STEP;
+        let Inside { positions, first } = inside;
+        zero(simd, out, at..at + positions.start * STEP);
+        zero(simd, out, at + positions.end * STEP..at + self.pitch * STEP);
+        if positions.is_empty() {
+            return;
+        }
+        let (step, channel) = (self.step[1] * self.pixel, chunk * STEP);
         let count = (self.channels - channel).min(STEP);
-        for position in first..last {
-            let pixel = (column + (position * step) as isize) as usize;
-            let values = &source[pixel * self.pixel + channel..][..count];
+        let source = &source[first * self.pixel + channel..];
+        assert!(source.len() >= (positions.len() - 1) * step + count);
+        for (i, position) in positions.clone().enumerate() {
             let at = at + position * STEP;
-            if let Ok(values) = <&[T; STEP]>::try_from(values) {
+            if count == STEP {
+                // SAFETY: the last position's values are inside the row, as asserted.
+                let values = unsafe { &*source.as_ptr().add(i * step).cast::<[T; STEP]>() };
                 copy_step(simd, values, at, out);
             } else {
-                split(simd, values, at, out);
-                zero(out, at + count..at + STEP);
+                split(simd, &source[i * step..][..count], at, out);
+                out.iter_mut().for_each(|part| part[at + count..at + STEP].fill(bf16::ZERO));
             }
         }
     }
 
     /// A row's pixels, each widened to whole words by zeros.
     #[inline(always)]
-    fn fill_merged<S: Simd, T: Float>(&self, simd: S, source: &[T], column: isize, at: usize, out: &mut Parts) {
+    fn fill_merged<S: Simd, T: Float>(
+        &self,
+        simd: S,
+        source: &[T],
+        inside: &Inside,
+        at: usize,
+        out: &mut [&mut [bf16]],
+    ) {
         let pixel = merged_pixel(self.channels);
         let count = self.pitch * self.width / pixel;
-        let (first, last) = inside(column, 1, self.source[1], count);
-        zero(out, at..at + count * pixel);
+        let Range { start: first, end: last } = inside.positions.clone();
+        zero(simd, out, at..at + count * pixel);
         if first == last {
             return;
         }
-        let values = &source[(column + first as isize) as usize * self.pixel..][..(last - first) * self.pixel];
+        let values = &source[inside.first * self.pixel..][..(last - first) * self.pixel];
+        if T::PER_WORD == 2 {
+            return self.spread(simd, bytemuck::cast_slice(values), &mut out[0][at + first * pixel..at + last * pixel]);
+        }
         let mut narrow: Parts = super::parts(out.len(), values.len());
-        split(simd, values, 0, &mut narrow);
+        split(simd, values, 0, &mut slices(&mut narrow));
         for (out, narrow) in out.iter_mut().zip(&narrow) {
-            let out = &mut out[at + first * pixel..at + last * pixel];
-            if self.channels == 3 && self.pixel == 3 {
-                for (out, values) in out.as_chunks_mut::<4>().0.iter_mut().zip(narrow.as_chunks::<3>().0) {
-                    *out = [values[0], values[1], values[2], bf16::ZERO];
-                }
-            } else {
-                for (out, values) in out.chunks_exact_mut(pixel).zip(narrow.chunks_exact(self.pixel)) {
-                    out[..self.channels].copy_from_slice(&values[..self.channels]);
-                }
+            self.spread(simd, narrow, &mut out[at + first * pixel..at + last * pixel]);
+        }
+    }
+
+    /// Pixels, one after the other, to their places among zeros.
+    #[inline(always)]
+    fn spread<S: Simd>(&self, simd: S, pixels: &[bf16], out: &mut [bf16]) {
+        let mut done = 0;
+        if self.channels == 3 && self.pixel == 3 {
+            // As long as as many values as pixels are spread to can be read.
+            while 3 * done + 2 * S::LANES <= pixels.len() {
+                let (from, to) = (&pixels[3 * done..][..2 * S::LANES], &mut out[4 * done..][..2 * S::LANES]);
+                // SAFETY: as many values are there.
+                unsafe { simd.spread_pixels(from.as_ptr(), to.as_mut_ptr()) };
+                done += S::LANES / 2;
             }
+        }
+        let (out, pixels) = (&mut out[done * merged_pixel(self.channels)..], &pixels[done * self.pixel..]);
+        for (out, values) in out.chunks_exact_mut(merged_pixel(self.channels)).zip(pixels.chunks_exact(self.pixel)) {
+            out[..self.channels].copy_from_slice(&values[..self.channels]);
         }
     }
 }
 
 /// Values of a step to `out[..][at..]`, split.
 #[inline(always)]
-pub(super) fn copy_step<S: Simd, T: Float>(simd: S, values: &[T; STEP], at: usize, out: &mut Parts) {
+pub(super) fn copy_step<S: Simd, T: Float>(simd: S, values: &[T; STEP], at: usize, out: &mut [&mut [bf16]]) {
     if T::PER_WORD == 2 {
         // As they are.
-        out[0][at..at + STEP].copy_from_slice(bytemuck::cast_slice(values.as_slice()));
+        let to = &mut out[0][at..at + STEP];
+        for i in (0..STEP / 2).step_by(S::LANES) {
+            // SAFETY: either side is as many words.
+            unsafe {
+                simd.store(to.as_mut_ptr().cast::<f32>().add(i), simd.load(values.as_ptr().cast::<f32>().add(i)))
+            };
+        }
     } else {
         split(simd, values, at, out);
     }
@@ -334,14 +363,34 @@ pub(super) fn merged_pixel(channels: usize) -> usize {
     channels.next_power_of_two().max(2)
 }
 
-/// Which of `count` positions, `step` columns apart from `column` on, lie inside a row of `width`.
-fn inside(column: isize, step: usize, width: usize, count: usize) -> (usize, usize) {
-    let up_to = |end: isize| ((end - column).max(0) as usize).div_ceil(step).min(count);
-    let (first, last) = (up_to(0), up_to(width as isize));
-    (first, last.max(first))
+/// Positions of a plane's row that see the source.
+#[derive(Clone)]
+struct Inside {
+    positions: Range<usize>,
+    /// Column of the first one's pixel.
+    first: usize,
 }
 
+impl Arrangement {
+    /// Which of `count` positions, `step` columns apart from `column` on, lie inside the source.
+    fn columns_inside(&self, column: isize, step: usize, count: usize) -> Inside {
+        let up_to = |end: isize| ((end - column).max(0) as usize).div_ceil(step).min(count);
+        let (first, last) = (up_to(0), up_to(self.source[1] as isize));
+        Inside { positions: first..last.max(first), first: (column + (first * step) as isize).max(0) as usize }
+    }
+}
+
+/// What is shorter than a step is filled by itself.
 #[inline(always)]
-fn zero(parts: &mut Parts, range: Range<usize>) {
-    parts.iter_mut().for_each(|part| part[range.clone()].fill(bf16::ZERO));
+fn zero<S: Simd>(simd: S, parts: &mut [&mut [bf16]], range: Range<usize>) {
+    for part in parts {
+        let (steps, rest) = part[range.clone()].as_chunks_mut::<STEP>();
+        for step in steps {
+            for i in (0..STEP / 2).step_by(S::LANES) {
+                // SAFETY: a step is so many words.
+                unsafe { simd.store(step.as_mut_ptr().cast::<f32>().add(i), simd.splat(0.0)) };
+            }
+        }
+        rest.fill(bf16::ZERO);
+    }
 }

@@ -15,7 +15,7 @@ use super::super::gather::Gather;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
 use super::planes::{Arrangement, NONE, Part, copy_step};
-use super::{HALF, Parts, multiply_parts, parts_of};
+use super::{HALF, Parts, multiply_parts, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
 use rayon::prelude::*;
@@ -175,18 +175,19 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
     /// The gradients of the columns, `[16 columns][32 positions][column][position]`, zero where there is no output.
     #[inline(always)]
     fn turn<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
-        let targets = self.arrangement.targets(part);
+        let targets = self.arrangement.targets(part, 0);
         let (groups, steps) = (self.columns.len().div_ceil(TILE), targets.len() / STEP);
         let mut turned: Parts = super::parts(count, groups * 2 * HALF * targets.len());
         // Two rows of each part, and the words of 16 pairs of them, of even and of odd columns.
         let mut rows: Parts = super::parts(count, 2 * TILE);
+        let rows = &mut slices(&mut rows)[..];
         let mut words = [[[0.0f32; HALF * HALF]; 2]; 2];
         for (step, positions) in targets.chunks_exact(STEP).enumerate() {
             for group in 0..groups {
                 for (i, pair) in positions.chunks_exact(2).enumerate() {
-                    self.gradients(simd, pair[0], group * TILE, 0, &mut rows);
-                    self.gradients(simd, pair[1], group * TILE, TILE, &mut rows);
-                    for (words, rows) in words.iter_mut().zip(&rows) {
+                    self.gradients(simd, pair[0], group * TILE, 0, rows);
+                    self.gradients(simd, pair[1], group * TILE, TILE, rows);
+                    for (words, rows) in words.iter_mut().zip(&*rows) {
                         for j in (0..HALF).step_by(S::LANES) {
                             // SAFETY: twice as many values as lanes from `2 j` on lie in either row, and so many words in row `i`.
                             unsafe {
@@ -212,7 +213,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
 
     /// The gradients of a pixel of the target for 32 of the columns from `first` on, to `rows[..][at..]`.
     #[inline(always)]
-    fn gradients<S: Simd>(&self, simd: S, target: usize, first: usize, at: usize, rows: &mut Parts) {
+    fn gradients<S: Simd>(&self, simd: S, target: usize, first: usize, at: usize, rows: &mut [&mut [bf16]]) {
         if target == NONE {
             return rows.iter_mut().for_each(|row| row[at..at + TILE].fill(bf16::ZERO));
         }

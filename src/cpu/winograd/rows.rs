@@ -14,8 +14,8 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
-use crate::cpu::parallel::{for_each, for_each_of};
-use crate::cpu::pool::{PoolShape, max_pool_row};
+use crate::cpu::parallel::for_each;
+use crate::cpu::pool::{PoolShape, max_pool_as_computed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use std::marker::PhantomData;
@@ -107,8 +107,7 @@ pub fn forward<T: Float, W: Float>(
     });
 }
 
-/// The max pooling of what [`forward`] gives, `pooling` of its extents; no residual. A task computes some rows after others, which stay in L2
-/// until they are pooled.
+/// The max pooling of what [`forward`] gives, `pooling` of its extents; no residual.
 pub fn forward_max_pool<T: Float, W: Float>(
     x: &[T],
     filter: &RowFilter<W>,
@@ -117,40 +116,17 @@ pub fn forward_max_pool<T: Float, W: Float>(
     pooling: &PoolShape,
     y: &mut [T],
 ) {
-    let ([oh, ow], [windows, windows_across]) = (shape.output(), pooling.output());
+    let [oh, ow] = shape.output();
     assert_eq!([shape.c, shape.o], [filter.c, filter.o], "the filter's channels");
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
     assert_eq!([pooling.n, pooling.h, pooling.w, pooling.c], [shape.n, oh, ow, shape.o], "what is pooled");
     shape.check(x.len(), shape.n * oh * ow * shape.o);
     epilogue.check(shape.o, shape.n * oh * ow * shape.o);
-    let row_len = windows_across * shape.o;
-    assert!(epilogue.residual.is_none() && y.len() == shape.n * windows * row_len);
-    // Where tasks meet, rows that both need are computed twice.
-    let parts = rayon::current_num_threads().div_ceil(shape.n.max(1)).min(windows.div_ceil(ROWS / 2)).max(1);
-    let part = windows.div_ceil(parts);
-    let pieces = y
-        .chunks_mut(windows * row_len)
-        .enumerate()
-        .flat_map(|(image, y)| y.chunks_mut(part * row_len).enumerate().map(move |(i, y)| (image, i * part, y)));
-    for_each_of(pieces, |(image, first, y)| {
-        // Rows of the convolution that are there, from the first that is still needed on.
-        let mut kept = Scratch::<T>::take((ROWS + pooling.kernel) * ow * shape.o);
-        let mut there = 0..0;
-        let end = pooling.rows((first + part).min(windows) - 1).end;
-        for (row, y) in (first..).zip(y.chunks_exact_mut(row_len)) {
-            let needed = pooling.rows(row);
-            while there.end < needed.end {
-                let done = needed.start.min(there.end) - there.start;
-                kept.copy_within(done * ow * shape.o..there.len() * ow * shape.o, 0);
-                let start = there.end.max(needed.start);
-                let rows = start..end.min(start + ROWS);
-                there = needed.start..rows.end;
-                let before = (image * oh + there.start) * ow * shape.o;
-                let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(&mut kept));
-                dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
-            }
-            max_pool_row(&kept[(needed.start - there.start) * ow * shape.o..], pooling, row, y);
-        }
+    assert!(epilogue.residual.is_none());
+    max_pool_as_computed(pooling, ROWS, y, |image, rows, out| {
+        let before = (image * oh + rows.start) * ow * shape.o;
+        let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(out));
+        dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
     });
 }
 
