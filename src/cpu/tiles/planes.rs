@@ -14,6 +14,9 @@ use super::{Parts, slices};
 use half::bf16;
 use std::ops::Range;
 
+/// Pixels from one that is copied to one that is asked for.
+pub(super) const AHEAD: usize = 16;
+
 /// How the pictures of a [`Gather`] lie in planes.
 pub(super) struct Arrangement {
     grid: [usize; 2],
@@ -282,6 +285,7 @@ impl Arrangement {
             if count == STEP {
                 // SAFETY: the last position's values are inside the row, as asserted.
                 let values = unsafe { &*source.as_ptr().add(i * step).cast::<[T; STEP]>() };
+                simd.prefetch_near(values.as_ptr().wrapping_add(AHEAD * step).cast());
                 copy_step(simd, values, at, out);
             } else {
                 split(simd, &source[i * step..][..count], at, out);

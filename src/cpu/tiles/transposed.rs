@@ -14,7 +14,7 @@ use super::super::float::{Float, split};
 use super::super::gather::Gather;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
-use super::planes::{Arrangement, NONE, Part, copy_step};
+use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step};
 use super::{HALF, Parts, multiply_parts, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
@@ -177,10 +177,12 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
     fn turn<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
         let targets = self.arrangement.targets(part, 0);
         let (groups, steps) = (self.columns.len().div_ceil(TILE), targets.len() / STEP);
-        let mut turned: Parts = super::parts(count, groups * 2 * HALF * targets.len());
+        let mut parts: Parts = super::parts(count, groups * 2 * HALF * targets.len());
+        let turned = &mut slices(&mut parts)[..];
         // Two rows of each part, and the words of 16 pairs of them, of even and of odd columns.
-        let mut rows: Parts = super::parts(count, 2 * TILE);
-        let rows = &mut slices(&mut rows)[..];
+        let mut rows = [[bf16::ZERO; 2 * TILE]; 2];
+        let mut rows = rows.each_mut().map(|row| &mut row[..]);
+        let rows = &mut rows[..count];
         let mut words = [[[0.0f32; HALF * HALF]; 2]; 2];
         for (step, positions) in targets.chunks_exact(STEP).enumerate() {
             for group in 0..groups {
@@ -199,7 +201,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                         }
                     }
                 }
-                for (words, turned) in words.iter().zip(&mut turned) {
+                for (words, turned) in words.iter().zip(&mut *turned) {
                     for (odd, words) in words.iter().enumerate() {
                         let to = &mut turned[((2 * group + odd) * steps + step) * HALF * STEP..][..HALF * STEP];
                         // SAFETY: 16 rows of 16 words on either side.
@@ -208,7 +210,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                 }
             }
         }
-        turned
+        parts
     }
 
     /// The gradients of a pixel of the target for 32 of the columns from `first` on, to `rows[..][at..]`.
@@ -217,7 +219,9 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         if target == NONE {
             return rows.iter_mut().for_each(|row| row[at..at + TILE].fill(bf16::ZERO));
         }
-        let row = &self.b[target * self.width + self.columns.start..][..self.columns.len()];
+        let start = target * self.width + self.columns.start;
+        simd.prefetch_near(self.b.as_ptr().wrapping_add(start + first + AHEAD * self.width).cast());
+        let row = &self.b[start..][..self.columns.len()];
         let row = &row[first..row.len().min(first + TILE)];
         if let Ok(row) = <&[T; TILE]>::try_from(row) {
             copy_step(simd, row, at, rows);
@@ -237,18 +241,19 @@ fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, 
         for &version in versions {
             let (i, odd) = (version / 2, version % 2);
             assert!(plane.len() >= (i + 1) * positions * STEP && paired.len() >= (version + 1) * 2 * pairs * TILE);
+            let (from, out) =
+                (plane[i * positions * STEP..].as_ptr(), paired[version * 2 * pairs * TILE..].as_mut_ptr());
             for j in 0..pairs {
                 // Past the end there is nothing that meets a gradient.
-                let first = i * positions + (2 * j + odd).min(positions - 1);
-                let second = i * positions + (2 * j + odd + 1).min(positions - 1);
+                let [first, second] = [2 * j + odd, 2 * j + odd + 1].map(|position| position.min(positions - 1));
                 for channel in (0..STEP).step_by(2 * S::LANES) {
-                    let to = (version * 2 * pairs + j) * TILE + channel;
                     // SAFETY: positions that are read are inside the plane, and the pair inside its version, as asserted.
                     unsafe {
-                        let plane = plane.as_ptr().add(channel);
-                        let words = simd.pair_rows(plane.add(first * STEP), plane.add(second * STEP));
-                        simd.store(paired.as_mut_ptr().add(to).cast(), words[0]);
-                        simd.store(paired.as_mut_ptr().add(to + pairs * TILE).cast(), words[1]);
+                        let from = from.add(channel);
+                        let words = simd.pair_rows(from.add(first * STEP), from.add(second * STEP));
+                        let out = out.add(j * TILE + channel);
+                        simd.store(out.cast(), words[0]);
+                        simd.store(out.add(pairs * TILE).cast(), words[1]);
                     }
                 }
             }
