@@ -1,4 +1,5 @@
 use crate::support::*;
+use half::bf16;
 use hone::ops::{Conv2dParams, FusedConv2d, fused_conv2d, fused_conv2d_max_pool, global_avg_pool, max_pool2d};
 use hone::{DType, Tensor};
 use proptest::prelude::*;
@@ -88,6 +89,36 @@ fn negative_and_infinite_windows() {
     assert_eq!(gradients.get(&x).unwrap().to_vec::<f32>(), [1.0, 0.0, 0.0, 0.0]);
     let x = Tensor::from_slice(&[1.0, f32::NAN, 3.0, 2.0], [1, 2, 2, 1]).unwrap();
     assert!(max_pool2d(&x, 2, 2, 0).unwrap().item().unwrap().is_nan());
+}
+
+#[test]
+fn bf16_are_ordered_as_f32() {
+    // Numbers of either sign, infinities, zeros of either sign, and NaN as processors and files have it, of either sign.
+    let numbers = [f32::NEG_INFINITY, -3.0e38, -2.0, -1.0e-40, -0.0, 0.0, 1.0e-40, 0.5, 3.0e38, f32::INFINITY];
+    let nans = [0x7f80_8000, 0x7fc0_0000, 0xff81_0000, 0xffc0_0000, 0xffff_0000].map(f32::from_bits);
+    let values: Vec<f32> = numbers.into_iter().chain(nans).collect();
+    for (i, &first) in values.iter().enumerate() {
+        for (j, &second) in values.iter().enumerate() {
+            // Both orders, in vectors and what is left of them.
+            let pair: Vec<f32> = [first, second].into_iter().flat_map(|x| [x; 70]).collect();
+            let x = Tensor::from_slice(&pair, [1, 1, 2, 70]).unwrap().to_dtype(DType::BF16).unwrap();
+            let y = max_pool2d(&x, 2, 1, 1).unwrap().to_dtype(DType::F32).unwrap().to_vec::<f32>();
+            // Three windows a row: of the first, of both, and of the second.
+            for row in y.chunks_exact(3 * 70) {
+                for (window, want) in [(0, i..i + 1), (1, i.min(j)..i.max(j) + 1), (2, j..j + 1)] {
+                    let nan = values[i].is_nan() && window < 2 || values[j].is_nan() && window > 0;
+                    // Of numbers the later in the list is the greater, or as great.
+                    let want = bf16::from_f32(values[want.end - 1]).to_f32();
+                    for &got in &row[window * 70..][..70] {
+                        assert!(
+                            if nan { got.is_nan() } else { got == want },
+                            "{first} and {second}, window {window}: {got}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]

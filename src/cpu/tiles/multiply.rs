@@ -3,7 +3,11 @@
 //! A task takes some rows of some pictures, or some of the columns, and rearranges its pictures by itself, so that they are in its L2 when
 //! the tiles are loaded. For each panel of 32 columns all its positions pass by, 32 at a time, over the whole depth: sums are never
 //! stored before they are complete. The depth goes by 32 channels and then by taps, which makes neighbouring steps read the same
-//! cache lines, so that the left side comes from L1 and the right side, a stream, from L2; the next panel is asked for meanwhile.
+//! cache lines, so that the left side comes from L1 and the right side, a stream, from L2. Nothing is asked for ahead: requests share the
+//! few lines that a core waits for at a time with loads of tiles, and made every product wait longer.
+//!
+//! Finishing the 32 rows of a block's sums takes as long as two steps or three. They are finished between the steps of the next block,
+//! for the tiles multiply on their own while vectors do that.
 
 use super::super::float::Float;
 use super::super::gather::Gather;
@@ -232,37 +236,40 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
         let furthest = offsets.iter().max().map_or(0, |offset| offset + (targets.len() - 1) * width + STEP);
         assert!(planes.iter().all(|part| furthest <= part.len()), "tiles lie inside the planes");
         assert_eq!(offsets.len(), self.b.steps);
-        let blocks = targets.len() / TILE;
+        let results = Results { epilogue: self.epilogue, c: self.c.pointer(), columns: self.b.columns };
         // While a block is multiplied, the sums of the one before it are finished, some rows at each step.
         let mut sums = [Sums::default(), Sums::default()];
         let [mut now, mut before] = sums.each_mut();
-        let mut unfinished = Finished { targets: &[], column: 0, bias: [0.0; TILE] };
+        let mut unfinished = Unfinished::none(simd);
         let rows = TILE.div_ceil(offsets.len().max(1));
         let mut tiles = U::new();
         for panel in self.panels.clone() {
-            let right = self.b.panel(panel);
-            for block in 0..blocks {
-                // SAFETY: the left side's tiles lie inside the planes, as asserted, and the right side has as many steps.
+            let panel_right = self.b.panel(panel);
+            for (block, targets) in targets.chunks_exact(TILE).enumerate() {
+                let left = left.map(|left| left.wrapping_add(block * TILE * width));
+                let mut right = panel_right.as_ptr();
+                // SAFETY: the left side's tiles lie inside the planes, as asserted, and the right side has as many steps; the sums are
+                // a block's.
                 unsafe {
                     tiles.start(std::ptr::null(), 0);
-                    for (step, offset) in offsets.iter().enumerate() {
-                        let offset = offset + block * TILE * width;
-                        let right = right.as_ptr().add(step * PARTS * RIGHT);
+                    for &offset in offsets {
                         let a = left.map(|left| [left.add(offset), left.add(offset + HALF * width)]);
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
                         multiply_parts(&mut tiles, a, width, b);
-                        self.finish(simd, before, &unfinished, step * rows..(step + 1) * rows);
+                        right = right.add(PARTS * RIGHT);
+                        unfinished.finish(simd, results, rows);
                     }
                     // Where there are no steps.
-                    self.finish(simd, before, &unfinished, offsets.len() * rows..TILE);
+                    unfinished.finish(simd, results, TILE);
                     tiles.finish(now.0.as_mut_ptr().cast(), TILE);
+                    std::mem::swap(&mut now, &mut before);
+                    unfinished = Unfinished::new(simd, results, before, targets, panel * TILE);
                 }
-                std::mem::swap(&mut now, &mut before);
-                unfinished = self.finished(&targets[block * TILE..][..TILE], panel * TILE);
             }
         }
-        self.finish(simd, before, &unfinished, 0..TILE);
+        // SAFETY: as above.
+        unsafe { unfinished.finish(simd, results, TILE) };
     }
 }
 
@@ -271,50 +278,76 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
 #[repr(align(64))]
 struct Sums([[f32; TILE]; TILE]);
 
-/// Where the sums of a block go.
-struct Finished<'a> {
-    /// Of each position; none at all before the first block.
-    targets: &'a [usize],
-    /// The first of the columns.
-    column: usize,
-    bias: [f32; TILE],
+/// What becomes of sums: a copy, which no result that is stored can have changed.
+#[derive(Clone, Copy)]
+struct Results<'a, T> {
+    epilogue: Epilogue<'a, T>,
+    c: *mut T,
+    columns: usize,
 }
 
-impl<U, T: Float, const PARTS: usize> Job<'_, U, T, PARTS> {
-    /// For the sums of some positions from `column` on.
-    fn finished<'a>(&self, targets: &'a [usize], column: usize) -> Finished<'a> {
-        let mut bias = [0.0; TILE];
-        if let Some(values) = self.epilogue.bias {
-            let values = &values[column..values.len().min(column + TILE)];
-            bias[..values.len()].copy_from_slice(values);
-        }
-        Finished { targets, column, bias }
+/// Rows of a block's sums that are not finished.
+struct Unfinished<'a, V> {
+    /// Of each row.
+    targets: std::slice::Iter<'a, usize>,
+    sums: *const f32,
+    column: usize,
+    /// That of the columns, in as many vectors as they take.
+    bias: [V; TILE / 4],
+}
+
+impl<'a, V: Copy> Unfinished<'a, V> {
+    #[inline(always)]
+    fn none<S: Simd<V = V>>(simd: S) -> Self {
+        Unfinished { targets: [].iter(), sums: std::ptr::null(), column: 0, bias: [simd.splat(0.0); TILE / 4] }
     }
 
-    /// Finishes some rows of sums, as far as there are.
+    /// The sums of some positions from `column` on.
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, sums: &Sums, to: &Finished, rows: Range<usize>) {
+    fn new<S: Simd<V = V>, T>(simd: S, results: Results<T>, sums: &Sums, targets: &'a [usize], column: usize) -> Self {
+        const { assert!(S::LANES >= 4) };
+        let mut unfinished =
+            Unfinished { targets: targets.iter(), column, sums: sums.0.as_ptr().cast(), ..Self::none(simd) };
+        if let Some(bias) = results.epilogue.bias {
+            let mut values = [0.0; TILE];
+            let bias = &bias[column..bias.len().min(column + TILE)];
+            values[..bias.len()].copy_from_slice(bias);
+            for (vector, values) in unfinished.bias.iter_mut().zip(values.chunks_exact(S::LANES)) {
+                // SAFETY: so many values.
+                *vector = unsafe { simd.load(values.as_ptr()) };
+            }
+        }
+        unfinished
+    }
+
+    /// Finishes some rows, as far as there are.
+    ///
+    /// # Safety
+    /// The sums are still there; rows of the target are this task's alone and lie inside the result.
+    #[inline(always)]
+    unsafe fn finish<S: Simd<V = V>, T: Float>(&mut self, simd: S, results: Results<T>, rows: usize) {
         const { assert!(TILE.is_multiple_of(2 * S::LANES)) };
-        // In locals, which no result can overwrite.
-        let (epilogue, c, columns, first) = (self.epilogue, self.c.pointer(), self.b.columns, to.column);
-        let (targets, bias, sums) = (to.targets, to.bias.as_ptr(), sums.0.as_ptr());
-        let whole = first + TILE <= columns;
-        for row in rows.start..rows.end.min(targets.len()) {
-            if targets[row] == NONE {
+        let Results { epilogue, c, columns } = results;
+        for _ in 0..rows {
+            let Some(&target) = self.targets.next() else { return };
+            let sums = self.sums;
+            self.sums = sums.wrapping_add(TILE);
+            if target == NONE {
                 continue;
             }
-            let at = targets[row] * columns + first;
-            // SAFETY: rows of the target are this task's alone and lie inside `c`, and so do the tile's columns of them, as many as there are.
+            let at = target * columns + self.column;
+            // SAFETY: the contract; of the columns those are taken that there are.
             unsafe {
-                let sums: *const f32 = sums.add(row).cast();
-                if whole {
-                    for i in (0..TILE).step_by(2 * S::LANES) {
-                        let two = |values: *const f32| [i, i + S::LANES].map(|i| simd.load(values.add(i)));
-                        epilogue.store_two(simd, two(sums), two(bias), c, at + i);
+                if self.column + TILE <= columns {
+                    for i in 0..TILE / (2 * S::LANES) {
+                        let (first, bias) = (2 * i * S::LANES, [self.bias[2 * i], self.bias[2 * i + 1]]);
+                        let sums = [simd.load(sums.add(first)), simd.load(sums.add(first + S::LANES))];
+                        epilogue.store_two(simd, sums, bias, c, at + first);
                     }
                 } else {
-                    for i in 0..columns - first {
-                        epilogue.store(Scalar, *sums.add(i), Some(*bias.add(i)), c, at + i);
+                    for i in 0..columns - self.column {
+                        let bias = epilogue.bias.map(|bias| bias[self.column + i]);
+                        epilogue.store(Scalar, *sums.add(i), bias, c, at + i);
                     }
                 }
             }
