@@ -273,14 +273,12 @@ pub fn forward_max_pool<T: Float>(
         PackedFilter::WinogradWide(Winograd::Rows(filter)) => {
             winograd::rows::forward_max_pool(x, filter, shape, epilogue, pooling, y)
         }
-        PackedFilter::Tiles(isa, filter) if pooling.n > 0 => {
+        PackedFilter::Tiles(isa, filter) => {
             let product = on_tiles_product(shape);
-            max_pool_as_computed(
-                pooling,
-                ROWS_POOLED,
-                y,
-                |image, rows, out| on_tiles!(*isa, U => product.multiply_rows::<U, T>(*isa, x, filter, (image, rows), out, epilogue)),
-            );
+            max_pool_as_computed(pooling, ROWS_POOLED, y, |image, rows, out| {
+                let of = (image, rows);
+                on_tiles!(*isa, U => product.multiply_rows::<U, T>(*isa, x, filter, of, out, epilogue))
+            });
         }
         _ => {
             let mut whole = Scratch::take(pooling.n * pooling.h * pooling.w * pooling.c);

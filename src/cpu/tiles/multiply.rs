@@ -107,10 +107,9 @@ impl Product {
             let panels = piece * panels / pieces..(piece + 1) * panels / pieces;
             let slot = &prepared[rayon::current_thread_index().unwrap_or_default()];
             let mut slot = slot.lock().expect("nobody panics while holding it");
-            let (_, prepared) = match slot.take() {
-                Some(there) if there.0 == part => slot.insert(there),
-                _ => slot.insert((part, self.prepare::<T>(isa, a, &parts[part], 0))),
-            };
+            // Another part's go back to the pool before these are taken from it: they are in this thread's L2.
+            let there = slot.take().filter(|there| there.0 == part);
+            let (_, prepared) = slot.insert(there.unwrap_or_else(|| (part, self.prepare(isa, a, &parts[part], 0))));
             self.run::<U, T>(isa, prepared, panels, b, &c, epilogue);
         });
     }
