@@ -1,4 +1,6 @@
-use crate::support::{assert_close, compare, compare_as, random, require_device, rounded, with_error_of_cpu};
+use crate::support::{
+    Tolerance, assert_close, compare, compare_as, random, require_device, rounded, with_error_of_cpu,
+};
 use hone::cuda::image::{Crop, normalise};
 use hone::ops::{self, Conv2dParams, CrossEntropy, FusedConv2d, Norm, Reduction, Statistics};
 use hone::{DType, Device, Tensor, cuda};
@@ -178,7 +180,8 @@ proptest! {
 }
 
 /// [`compare_as`] for a convolution whose filters stay f32.
-fn compare_as_filters(case: Case, inputs: &[Tensor; 2], dtype: DType, tolerance: f64) {
+fn compare_as_filters(case: Case, inputs: &[Tensor; 2], dtype: DType, tolerance: impl Into<Tolerance>) {
+    let tolerance = tolerance.into();
     let narrow = dtype == DType::BF16;
     let x = if narrow { rounded(&inputs[0]) } else { inputs[0].clone() };
     let to_cuda = |x: &Tensor, dtype| x.detach().to_device(Device::Cuda).unwrap().to_dtype(dtype).unwrap();
@@ -209,8 +212,8 @@ fn every_tile_with_every_epilogue() {
         cuda::context().unwrap().allow_tf32(precision == "tf32");
         let tolerance = match precision {
             "f32" => with_error_of_cpu(2e-6),
-            "tf32" => 2e-3,
-            _ => 6e-3,
+            "tf32" => Tolerance::from(2e-3),
+            _ => Tolerance::from(6e-3),
         };
         for case in cases {
             let (x, weight) = (rounded(&case.x()), rounded(&case.weight()));

@@ -44,26 +44,49 @@ pub fn random(dims: &[usize], seed: u64) -> Tensor {
     Tensor::from_slice(&values, dims).unwrap()
 }
 
-/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much, and that of sums of `terms` numbers near 1,
-/// which is a third of the root of that number on average, as a fifth of it at least: sums that cancel are not wrong in their own size.
-/// NaN if anything is.
-pub fn relative_l2(got: &[f32], want: &[f32], terms: usize) -> f64 {
+/// ||got - want|| / ||want||, where a norm of less than 0.05 an element counts as that much. NaN if anything is.
+pub fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
+    let (difference, norm) = difference_and_norm(got, want);
+    difference / norm.max(0.05 * (want.len() as f64).sqrt())
+}
+
+/// ||got - want|| and ||want||.
+fn difference_and_norm(got: &[f32], want: &[f32]) -> (f64, f64) {
     assert_eq!(got.len(), want.len(), "lengths");
     let square = |x: f64| x * x;
     let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
     let norm: f64 = want.iter().map(|&w| square(f64::from(w))).sum();
-    let least = if terms > 1 { 0.2 } else { 0.05 };
-    (difference / norm.max(square(least) * (terms * want.len()) as f64)).sqrt()
+    (difference.sqrt(), norm.sqrt())
 }
 
-pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
-    assert_close_sums(what, got, want, 1, tolerance);
+/// What results may differ by.
+#[derive(Clone, Copy)]
+pub struct Tolerance {
+    /// In units of their norm, one of less than 0.05 an element counting as that much, and as more by the root of the number of terms
+    /// that make an element: sums of numbers near 1 that cancel are not wrong in their own size.
+    relative: f64,
+    /// The same for what each product of a sum is wrong by itself. Sums of products of numbers in [-1, 1) are a third of the root of
+    /// their number large on average, and count as a fifth of it at least.
+    of_products: f64,
 }
 
-fn assert_close_sums(what: &str, got: &Tensor, want: &Tensor, terms: usize, tolerance: f64) {
+impl From<f64> for Tolerance {
+    fn from(relative: f64) -> Self {
+        Tolerance { relative, of_products: 0.0 }
+    }
+}
+
+pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: impl Into<Tolerance>) {
+    assert_close_sums(what, got, want, 1, tolerance.into());
+}
+
+fn assert_close_sums(what: &str, got: &Tensor, want: &Tensor, terms: usize, tolerance: Tolerance) {
     assert_eq!(got.dims(), want.dims(), "{what}: extents");
-    let error = relative_l2(&got.to_f32_vec().unwrap(), &want.to_f32_vec().unwrap(), terms);
-    assert!(error <= tolerance, "{what}: relative error {error:e}, at most {tolerance:e}");
+    let (difference, norm) = difference_and_norm(&got.to_f32_vec().unwrap(), &want.to_f32_vec().unwrap());
+    let root = ((terms * want.numel()) as f64).sqrt();
+    let least = if terms > 1 { 0.2 } else { 0.05 };
+    let allowed = tolerance.relative * norm.max(0.05 * root) + tolerance.of_products * norm.max(least * root);
+    assert!(difference <= allowed, "{what}: an error of {difference:e}, at most {allowed:e}, of {norm:e}");
 }
 
 /// Rounded to bf16, as f32.
@@ -74,17 +97,23 @@ pub fn rounded(x: &Tensor) -> Tensor {
 /// `tolerance`, plus what the CPU's own f32 convolutions may be wrong by: Winograd's tiles of seven lose up to 1e-5 of a sum, and
 /// where a value is the sum of two bf16 the smallest of a product's four parts is left out, and each of the three errors is at
 /// most 2^-18 of the product. Which of them a shape meets depends on the machine.
-pub fn with_error_of_cpu(tolerance: f64) -> f64 {
-    tolerance + 3.0 / f64::from(1 << 18)
+pub fn with_error_of_cpu(tolerance: f64) -> Tolerance {
+    Tolerance { relative: tolerance, of_products: 3.0 / f64::from(1 << 18) }
 }
 
 /// Runs `f` on both devices, in f32, and compares results and the gradients to all inputs.
-pub fn compare(inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub fn compare(inputs: &[Tensor], tolerance: impl Into<Tolerance>, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     compare_as(DType::F32, inputs, tolerance, |x| f(x));
 }
 
 /// As [`compare`], but on CUDA inputs of four extents are of the type `dtype`; the CPU is given their rounded values.
-pub fn compare_as(dtype: DType, inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub fn compare_as(
+    dtype: DType,
+    inputs: &[Tensor],
+    tolerance: impl Into<Tolerance>,
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let tolerance = tolerance.into();
     let narrow = |x: &Tensor| dtype == DType::BF16 && x.dims().len() == 4;
     let on_cpu: Vec<Tensor> = inputs.iter().map(|x| if narrow(x) { rounded(x) } else { x.clone() }.leaf()).collect();
     let on_cuda: Vec<Tensor> = on_cpu
