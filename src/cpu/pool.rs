@@ -2,7 +2,7 @@
 
 use super::float::Float;
 use super::parallel::for_each_of;
-use super::simd::vectorised;
+use super::simd::{Isa, Simd, Task, dispatch, vectorised};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -69,7 +69,7 @@ pub fn max_pool<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T]) {
 }
 
 /// [`max_pool`] of images that `compute(image, rows, out)` gives some rows of, `together` at a time: they stay in L2 until they are pooled.
-pub fn max_pool_as_computed<T: Float>(
+pub(super) fn max_pool_as_computed<T: Float>(
     shape: &PoolShape,
     together: usize,
     y: &mut [T],
@@ -115,14 +115,8 @@ pub(super) fn max_pool_row<T: Float>(x: &[T], shape: &PoolShape, row: usize, y: 
 }
 
 fn pool_row<K: Ordered>(x: &[K], shape: &PoolShape, row: usize, y: &mut [K]) {
-    // First along the columns of a window's rows, whole rows at a time.
     let mut greatest = Scratch::<K>::take(shape.w * shape.c);
-    let mut rows = x.chunks_exact(shape.w * shape.c).take(shape.rows(row).len());
-    K::take_greatest(three(&mut rows), &mut greatest);
-    for x in rows {
-        K::take_greater(x, &mut greatest);
-    }
-    K::take_greatest_of_windows(&greatest, shape, y);
+    dispatch(Isa::current(), PoolRow { x, shape, rows: shape.rows(row).len(), greatest: &mut greatest, y });
 }
 
 /// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
@@ -208,13 +202,6 @@ trait Ordered: bytemuck::Pod {
     fn value(self) -> Self;
     /// The greater of two orders.
     fn greater(self, other: Self) -> Self;
-
-    /// The order of the greatest of each three values.
-    fn take_greatest(x: [&[Self]; 3], y: &mut [Self]);
-    /// The greater of the orders that are there and those of more values.
-    fn take_greater(x: &[Self], y: &mut [Self]);
-    /// The greatest values of the pixels of a row that each window covers, from their orders.
-    fn take_greatest_of_windows(pixels: &[Self], shape: &PoolShape, y: &mut [Self]);
 }
 
 impl Ordered for f32 {
@@ -229,15 +216,6 @@ impl Ordered for f32 {
     #[inline(always)]
     fn greater(self, other: f32) -> f32 {
         if self > other || self.is_nan() { self } else { other }
-    }
-    fn take_greatest(x: [&[f32]; 3], y: &mut [f32]) {
-        take_greatest(x, y);
-    }
-    fn take_greater(x: &[f32], y: &mut [f32]) {
-        take_greater(x, y);
-    }
-    fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
-        take_greatest_of_windows(pixels, shape, y);
     }
 }
 
@@ -256,15 +234,6 @@ impl Ordered for i16 {
     fn greater(self, other: i16) -> i16 {
         self.max(other)
     }
-    fn take_greatest(x: [&[i16]; 3], y: &mut [i16]) {
-        take_greatest_bf16(x, y);
-    }
-    fn take_greater(x: &[i16], y: &mut [i16]) {
-        take_greater_bf16(x, y);
-    }
-    fn take_greatest_of_windows(pixels: &[i16], shape: &PoolShape, y: &mut [i16]) {
-        take_greatest_of_windows_bf16(pixels, shape, y);
-    }
 }
 
 /// NaNs of either sign.
@@ -276,65 +245,51 @@ fn turned(bits: i16) -> i16 {
     bits ^ (bits >> 15 & i16::MAX)
 }
 
-// What is vectorised is not generic; these are within functions that are.
-
-#[inline(always)]
-fn each_greatest<K: Ordered>([a, b, c]: [&[K]; 3], y: &mut [K]) {
-    for (((y, a), b), c) in y.iter_mut().zip(a).zip(b).zip(c) {
-        *y = c.order().greater(b.order().greater(a.order()));
-    }
+/// A row of windows from the rows that they cover, with room for the greatest of those; the compiler vectorises the loops by itself.
+struct PoolRow<'a, K> {
+    x: &'a [K],
+    shape: &'a PoolShape,
+    rows: usize,
+    greatest: &'a mut [K],
+    y: &'a mut [K],
 }
 
-#[inline(always)]
-fn each_greater<K: Ordered>(x: &[K], y: &mut [K]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = x.order().greater(*y);
-    }
-}
+impl<K: Ordered> Task for PoolRow<'_, K> {
+    type Output = ();
+    const BF16: bool = false;
 
-#[inline(always)]
-fn greatest_of_windows<K: Ordered>(pixels: &[K], shape: &PoolShape, y: &mut [K]) {
-    let c = shape.c;
-    for (window, y) in y.chunks_exact_mut(c).enumerate() {
-        let mut covered = shape.covered(window, shape.w).map(|ix| &pixels[ix * c..][..c]);
-        let [first, second, third] = three(&mut covered);
-        for (((y, a), b), c) in y.iter_mut().zip(first).zip(second).zip(third) {
-            *y = c.greater(b.greater(*a));
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let PoolRow { x, shape, rows, greatest, y } = self;
+        let c = shape.c;
+        // First along the columns of a window's rows, whole rows at a time.
+        let mut rows = x.chunks_exact(shape.w * c).take(rows);
+        let [first, second, third] = three(&mut rows);
+        for (((y, a), b), c) in greatest.iter_mut().zip(first).zip(second).zip(third) {
+            *y = c.order().greater(b.order().greater(a.order()));
         }
-        for pixel in covered {
-            for (y, x) in y.iter_mut().zip(pixel) {
-                *y = x.greater(*y);
+        for row in rows {
+            for (y, x) in greatest.iter_mut().zip(row) {
+                *y = x.order().greater(*y);
             }
         }
+        for (window, y) in y.chunks_exact_mut(c).enumerate() {
+            let mut covered = shape.covered(window, shape.w).map(|ix| &greatest[ix * c..][..c]);
+            let [first, second, third] = three(&mut covered);
+            for (((y, a), b), c) in y.iter_mut().zip(first).zip(second).zip(third) {
+                *y = c.greater(b.greater(*a));
+            }
+            for pixel in covered {
+                for (y, x) in y.iter_mut().zip(pixel) {
+                    *y = x.greater(*y);
+                }
+            }
+        }
+        y.iter_mut().for_each(|y| *y = y.value());
     }
-    y.iter_mut().for_each(|y| *y = y.value());
 }
 
 vectorised! {
-    fn take_greatest(x: [&[f32]; 3], y: &mut [f32]) {
-        each_greatest(x, y);
-    }
-
-    fn take_greater(x: &[f32], y: &mut [f32]) {
-        each_greater(x, y);
-    }
-
-    fn take_greatest_of_windows(pixels: &[f32], shape: &PoolShape, y: &mut [f32]) {
-        greatest_of_windows(pixels, shape, y);
-    }
-
-    fn take_greatest_bf16(x: [&[i16]; 3], y: &mut [i16]) {
-        each_greatest(x, y);
-    }
-
-    fn take_greater_bf16(x: &[i16], y: &mut [i16]) {
-        each_greater(x, y);
-    }
-
-    fn take_greatest_of_windows_bf16(pixels: &[i16], shape: &PoolShape, y: &mut [i16]) {
-        greatest_of_windows(pixels, shape, y);
-    }
-
     /// Of the pixels of the row at place `ky` of the windows, each that is greater than the window's maximum.
     fn take_maxima_of_row(x: &[f32], ky: usize, shape: &PoolShape, y: &mut [f32], places: &mut [u8]) {
         let c = shape.c;
