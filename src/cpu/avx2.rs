@@ -79,6 +79,14 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(y, _mm256_setzero_ps()), v) }
     }
     #[inline(always)]
+    unsafe fn where_equal(self, p: *const u8, byte: u8, v: __m256) -> __m256 {
+        // SAFETY: `self` proves the feature; the caller vouches for `p`.
+        unsafe {
+            let equal = _mm_cmpeq_epi8(_mm_loadl_epi64(p.cast()), _mm_set1_epi8(byte as i8));
+            _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(equal)), v)
+        }
+    }
+    #[inline(always)]
     fn dot_pairs(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: `self` proves the feature.
         unsafe {

@@ -144,6 +144,14 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_ps()), v) }
     }
     #[inline(always)]
+    unsafe fn where_equal(self, p: *const u8, byte: u8, v: __m512) -> __m512 {
+        // SAFETY: `self` proves the features; the caller vouches for `p`.
+        unsafe {
+            let equal = _mm_cmpeq_epi8_mask(_mm_loadu_si128(p.cast()), _mm_set1_epi8(byte as i8));
+            _mm512_maskz_mov_ps(equal, v)
+        }
+    }
+    #[inline(always)]
     fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves the features; the vectors are taken for what they hold, pairs of bf16.
         unsafe {

@@ -5,8 +5,7 @@ use super::conv::{ConvShape, PackedFilter, forward};
 use super::float::Float;
 use super::gemm::Epilogue;
 use super::norm::Moments;
-use super::norm_pool::signed_max_pool;
-use super::pool::PoolShape;
+use super::pool::{PoolShape, signed_max_pool};
 use rayon::prelude::*;
 
 /// Where the signed maxima of windows go, as [`signed_max_pool`] has them.

@@ -6,7 +6,7 @@
 
 use super::float::Float;
 use super::portable::Scalar;
-use super::simd::{Isa, Simd, Task, dispatch};
+use super::simd::{Isa, Simd, Task, dispatch, vectorised};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::array;
@@ -72,17 +72,40 @@ impl Moments {
         let channels = self.channels;
         let groups = (0..self.values).step_by(self.group).map(|start| self.group.min(self.values - start));
         let pieces = groups.flat_map(|len| (0..len).step_by(self.piece).map(move |start| self.piece.min(len - start)));
-        for channel in 0..channels {
-            let (mut count, mut total, mut squares) = (0.0f64, 0.0f64, 0.0f64);
-            for (part, values) in self.parts.chunks_exact(2 * channels).zip(pieces.clone()) {
-                let rows = (values / channels) as f64;
-                let delta = f64::from(part[channel]) - total;
-                squares += f64::from(part[channels + channel]) + delta * delta * count * rows / (count + rows);
-                total += delta * rows / (count + rows);
-                count += rows;
-            }
-            mean[channel] = total as f32;
-            variance[channel] = (squares / count) as f32;
+        // Piece by piece, for all channels of one lie together.
+        let (mut count, mut totals, mut squares) = (0.0, vec![0.0; channels], vec![0.0; channels]);
+        for (part, values) in self.parts.chunks_exact(2 * channels).zip(pieces) {
+            let rows = (values / channels) as f64;
+            let (part_mean, part_squares) = part.split_at(channels);
+            let share = rows / (count + rows);
+            combine_moments(part_mean, part_squares, share, count * share, &mut totals, &mut squares);
+            count += rows;
+        }
+        for (to, total) in mean.iter_mut().zip(totals) {
+            *to = total as f32;
+        }
+        for (to, squares) in variance.iter_mut().zip(squares) {
+            *to = (squares / count) as f32;
+        }
+    }
+}
+
+vectorised! {
+    /// A piece's moments joined to those of the pieces before. It has `share` of all rows; `weight` is that of the means' squared difference.
+    fn combine_moments(
+        mean: &[f32], squares: &[f32], share: f64, weight: f64, total: &mut [f64], total_squares: &mut [f64],
+    ) {
+        for (((&mean, &squares), total), total_squares) in mean.iter().zip(squares).zip(total).zip(total_squares) {
+            let delta = f64::from(mean) - *total;
+            *total_squares += f64::from(squares) + delta * delta * weight;
+            *total += delta * share;
+        }
+    }
+
+    /// `totals += part`.
+    pub(super) fn add_part(part: &[f32], totals: &mut [f64]) {
+        for (total, &part) in totals.iter_mut().zip(part) {
+            *total += f64::from(part);
         }
     }
 }
@@ -116,12 +139,6 @@ pub(super) fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
     vectors.iter().all(|vector| vector.len() == channels) && x.len().is_multiple_of(channels)
 }
 
-/// [`affine`] without residual, of some rows and on this thread.
-pub(super) fn affine_of_rows<T: Float>(x: &[T], [scale, shift]: [&[f32]; 2], relu: bool, y: &mut [T]) {
-    assert!(x.len() == y.len() && whole_rows(x, [scale, shift, shift]), "as many values");
-    by_columns(scale.len(), Affine { x, scale, shift, residual: None, relu, y });
-}
-
 /// For every channel the sum over rows; the gradient to a bias.
 pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
     let channels = sums.len();
@@ -131,8 +148,10 @@ pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
         .par_chunks_mut(channels)
         .zip(x.par_chunks(chunk))
         .for_each(|(sums, x)| by_columns(channels, ColumnSums { x, sums }));
-    for (channel, sum) in sums.iter_mut().enumerate() {
-        *sum = parts.chunks_exact(channels).map(|part| f64::from(part[channel])).sum::<f64>() as f32;
+    let mut totals = vec![0.0; channels];
+    parts.chunks_exact(channels).for_each(|part| add_part(part, &mut totals));
+    for (sum, total) in sums.iter_mut().zip(totals) {
+        *sum = total as f32;
     }
 }
 

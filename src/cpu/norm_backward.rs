@@ -1,7 +1,7 @@
 //! The backward pass of batch normalisation over `[rows, channels]` and of the ReLU after it.
 
 use super::float::Float;
-use super::norm::{Columns, by_columns, chunk_of, load, store, whole_rows};
+use super::norm::{Columns, add_part, by_columns, chunk_of, load, store, whole_rows};
 use super::simd::Simd;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -29,7 +29,7 @@ impl<'a, T: Float> Gate<'a, T> {
     }
 
     /// Whether it has what so many values and channels ask for.
-    fn fits(&self, values: usize, channels: usize) -> bool {
+    pub(super) fn fits(&self, values: usize, channels: usize) -> bool {
         match self {
             Gate::Open => true,
             Gate::Outputs(y) => y.len() == values,
@@ -42,7 +42,7 @@ impl<'a, T: Float> Gate<'a, T> {
     /// # Safety
     /// There are `V` vectors of channels from `column` on.
     #[inline(always)]
-    unsafe fn affine<S: Simd, const V: usize>(&self, simd: S, column: usize) -> [[S::V; V]; 2] {
+    pub(super) unsafe fn affine<S: Simd, const V: usize>(&self, simd: S, column: usize) -> [[S::V; V]; 2] {
         match self {
             // SAFETY: the caller's word.
             Gate::Affine(vectors) => vectors.map(|vector| unsafe { load(simd, vector.as_ptr().add(column)) }),
@@ -55,7 +55,7 @@ impl<'a, T: Float> Gate<'a, T> {
     /// # Safety
     /// There are `V` vectors from `at` on.
     #[inline(always)]
-    unsafe fn pass<S: Simd, const V: usize>(
+    pub(super) unsafe fn pass<S: Simd, const V: usize>(
         &self,
         simd: S,
         at: usize,
@@ -96,10 +96,12 @@ pub fn parameter_gradients<T: Float>(
             by_columns(channels, BackwardSums { x, gate, dy, mean, sums, products });
         },
     );
+    let mut totals = vec![0.0; 2 * channels];
+    parts.chunks_exact(2 * channels).for_each(|part| add_part(part, &mut totals));
+    let (sums, products) = totals.split_at(channels);
     for channel in 0..channels {
-        let total = |i: usize| parts.chunks_exact(2 * channels).map(|part| f64::from(part[i])).sum::<f64>();
-        dshift[channel] = total(channel) as f32;
-        dscale[channel] = (total(channels + channel) * f64::from(rstd[channel])) as f32;
+        dshift[channel] = sums[channel] as f32;
+        dscale[channel] = (products[channel] * f64::from(rstd[channel])) as f32;
     }
 }
 
@@ -107,24 +109,11 @@ pub fn parameter_gradients<T: Float>(
 pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, [a, b, c]: [&[f32]; 3], dy: Option<&[T]>, dx: &mut [T]) {
     let chunk = chunk_of::<T>(a.len());
     assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()), "as many values");
+    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, [a, b, c]), "as many values");
     dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (dx, x))| {
         let (gate, dy) = (gate.rows(i * chunk, dx.len()), dy.map(|dy| &dy[i * chunk..][..dx.len()]));
-        input_gradients_of_rows(x, gate, [a, b, c], dy, dx);
+        by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });
     });
-}
-
-/// [`backward_input`] of some rows, on this thread.
-pub(super) fn input_gradients_of_rows<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    [a, b, c]: [&[f32]; 3],
-    dy: Option<&[T]>,
-    dx: &mut [T],
-) {
-    assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, [a, b, c]), "as many values");
-    by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });
 }
 
 struct BackwardSums<'a, T> {

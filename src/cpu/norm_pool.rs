@@ -5,11 +5,12 @@
 //! normalised. On the way back sums over them are all that the parameters' gradients take.
 
 use super::float::Float;
-use super::norm;
-use super::norm_backward::{self, Gate};
-use super::pool::{PoolShape, max_pool_backward_row, max_pool_row_with_places};
-use crate::tensor::pool::Scratch;
+use super::norm::{Columns, by_columns, load, store, whole_rows};
+use super::norm_backward::Gate;
+use super::pool::{Covering, PoolShape};
+use super::simd::Simd;
 use rayon::prelude::*;
+use std::array;
 use std::ops::Range;
 
 /// 1 or -1 for every channel, with which its scale is not negative.
@@ -17,35 +18,31 @@ pub fn signs(scale: &[f32]) -> Vec<f32> {
     scale.iter().map(|&scale| if scale < 0.0 { -1.0 } else { 1.0 }).collect()
 }
 
-/// The maxima of `x * signs` in each window, and the place in it that each comes from, as [`super::pool::max_pool_with_places`] has it.
-pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxima: &mut [T], places: &mut [u8]) {
-    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
-    let (out_len, zeros) = (ow * shape.c, vec![0.0; shape.c]);
-    assert!(x.len() == shape.n * shape.h * row_len && signs.len() == shape.c, "buffers fit the shape");
-    assert!([maxima.len(), places.len()] == [shape.n * oh * out_len; 2], "buffers fit the shape");
-    maxima.par_chunks_mut(out_len).zip(places.par_chunks_mut(out_len)).enumerate().for_each(|(i, (maxima, places))| {
-        let (image, row) = (i / oh, i % oh);
-        let rows = shape.rows(row);
-        let mut signed = Scratch::<T>::take(rows.len() * row_len);
-        let x = &x[(image * shape.h + rows.start) * row_len..(image * shape.h + rows.end) * row_len];
-        norm::affine_of_rows(x, [signs, &zeros], false, &mut signed);
-        max_pool_row_with_places(&signed, shape, row, maxima, places);
-    });
+/// The gradients of maxima, `[n, oh, ow, c]`, and the places that these come from.
+#[derive(Clone, Copy)]
+pub struct OfMaxima<'a, T> {
+    /// The gradients.
+    pub dy: &'a [T],
+    /// The places.
+    pub places: &'a [u8],
+    /// The pooling.
+    pub shape: &'a PoolShape,
 }
 
-/// [`norm_backward::backward_input`] of what was pooled, from the gradient of the maxima and their places.
-pub fn backward_input<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    coefficients: [&[f32]; 3],
-    pooled: (&[T], &[u8]),
-    shape: &PoolShape,
-    dx: &mut [T],
-) {
-    let row_len = shape.w * shape.c;
-    assert!([x.len(), dx.len()] == [shape.n * shape.h * row_len; 2], "buffers fit the shape");
+impl<T> OfMaxima<'_, T> {
+    fn check(&self) {
+        let windows = self.shape.n * self.shape.output().iter().product::<usize>() * self.shape.c;
+        assert!([self.dy.len(), self.places.len()] == [windows; 2], "buffers fit the shape");
+    }
+}
+
+/// [`super::norm_backward::backward_input`] of what was pooled; the gate is not one of outputs.
+pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, abc: [&[f32]; 3], of: OfMaxima<T>, dx: &mut [T]) {
+    let (row_len, covering) = (of.shape.w * of.shape.c, Covering::columns(of.shape));
+    assert!([x.len(), dx.len()] == [of.shape.n * of.shape.h * row_len; 2], "buffers fit the shape");
+    of.check();
     dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(row, (dx, x))| {
-        backward_input_of_rows(x, gate, coefficients, pooled, shape, row..row + 1, dx);
+        backward_input_of_row(x, gate, abc, of, (row, &covering), dx);
     });
 }
 
@@ -53,18 +50,77 @@ pub fn backward_input<T: Float>(
 pub fn backward_input_of_rows<T: Float>(
     x: &[T],
     gate: Gate<T>,
-    coefficients: [&[f32]; 3],
-    (dy, places): (&[T], &[u8]),
-    shape: &PoolShape,
+    abc: [&[f32]; 3],
+    of: OfMaxima<T>,
     rows: Range<usize>,
     dx: &mut [T],
 ) {
-    let (row_len, image) = (shape.w * shape.c, shape.output().iter().product::<usize>() * shape.c);
+    let (row_len, covering) = (of.shape.w * of.shape.c, Covering::columns(of.shape));
     assert!([x.len(), dx.len()] == [rows.len() * row_len; 2], "buffers fit the shape");
-    assert!([dy.len(), places.len()] == [shape.n * image; 2], "buffers fit the shape");
+    of.check();
     for (row, (dx, x)) in rows.zip(dx.chunks_exact_mut(row_len).zip(x.chunks_exact(row_len))) {
-        let image = row / shape.h * image..(row / shape.h + 1) * image;
-        max_pool_backward_row(&dy[image.clone()], &places[image], shape, row % shape.h, dx);
-        norm_backward::input_gradients_of_rows(x, gate, coefficients, None, dx);
+        backward_input_of_row(x, gate, abc, of, (row, &covering), dx);
+    }
+}
+
+fn backward_input_of_row<T: Float>(
+    x: &[T],
+    gate: Gate<T>,
+    abc: [&[f32]; 3],
+    OfMaxima { dy, places, shape }: OfMaxima<T>,
+    (row, columns): (usize, &Covering),
+    dx: &mut [T],
+) {
+    let [oh, ow] = shape.output();
+    assert!(row < shape.n * shape.h, "a row of the pictures");
+    let (image, row) = (row / shape.h, row % shape.h);
+    // The place of each row of windows' first column, and its first window.
+    let rows = shape.covering(row, oh).map(|(ky, oy)| (ky * shape.kernel, (image * oh + oy) * ow)).collect();
+    assert!(!matches!(gate, Gate::Outputs(_)) && gate.fits(dx.len(), shape.c) && whole_rows(x, abc));
+    assert_eq!(abc[0].len(), shape.c, "vectors of channels");
+    by_columns(shape.c, BackwardRow { x, gate, abc, dy, places, rows, columns, dx });
+}
+
+/// A row of pixels, each of which collects from the windows that it is the maximum of.
+struct BackwardRow<'a, T> {
+    x: &'a [T],
+    gate: Gate<'a, T>,
+    abc: [&'a [f32]; 3],
+    dy: &'a [T],
+    places: &'a [u8],
+    rows: Vec<(usize, usize)>,
+    columns: &'a Covering,
+    dx: &'a mut [T],
+}
+
+impl<T: Float> Columns for BackwardRow<'_, T> {
+    const BF16: bool = T::PER_WORD > 1;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let channels = self.abc[0].len();
+        // SAFETY: the contract; windows that cover something are windows of the image.
+        unsafe {
+            let [a, b, c] = self.abc.map(|x| load::<f32, S, V>(simd, x.as_ptr().add(column)));
+            let affine = self.gate.affine::<S, V>(simd, column);
+            for pixel in 0..self.x.len() / channels {
+                let mut g = [simd.splat(0.0); V];
+                for &(row_place, row) in &self.rows {
+                    for &(kx, ox) in self.columns.of(pixel) {
+                        let (place, at) = ((row_place + kx) as u8, (row + ox) * channels + column);
+                        let dy = load::<T, S, V>(simd, self.dy.as_ptr().add(at));
+                        for v in 0..V {
+                            let taken = simd.where_equal(self.places.as_ptr().add(at + v * S::LANES), place, dy[v]);
+                            g[v] = simd.add(g[v], taken);
+                        }
+                    }
+                }
+                let at = pixel * channels + column;
+                let x = load::<T, S, V>(simd, self.x.as_ptr().add(at));
+                let g = self.gate.pass(simd, at, &x, &affine, g);
+                let values = array::from_fn(|v| simd.mul_add(a[v], g[v], simd.mul_add(b[v], x[v], c[v])));
+                store::<T, S, V>(simd, self.dx.as_mut_ptr().add(at), values);
+            }
+        }
     }
 }

@@ -51,7 +51,7 @@ impl PoolShape {
     }
 
     /// Windows along one axis that cover input coordinate `p`, with its place in each.
-    fn covering(&self, p: usize, windows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub(super) fn covering(&self, p: usize, windows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (kernel, stride, position) = (self.kernel, self.stride, p + self.padding);
         let first = (position + 1).saturating_sub(kernel).div_ceil(stride);
         let last = (position / stride + 1).min(windows);
@@ -119,54 +119,69 @@ fn pool_row<K: Ordered>(x: &[K], shape: &PoolShape, row: usize, y: &mut [K]) {
     dispatch(Isa::current(), PoolRow { x, shape, rows: shape.rows(row).len(), greatest: &mut greatest, y });
 }
 
-/// [`max_pool`], and which of the window's `kernel * kernel` places each came from (the first of equals). NaN is
-/// greater than any number, as in PyTorch.
-pub fn max_pool_with_places<T: Float>(x: &[T], shape: &PoolShape, y: &mut [T], places: &mut [u8]) {
-    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
-    let rows = y.par_chunks_mut(ow * shape.c).zip(places.par_chunks_mut(ow * shape.c)).enumerate();
-    rows.for_each(|(row, (y, places))| {
-        let image = &x[row / oh * shape.h * row_len..][..shape.h * row_len];
-        max_pool_row_with_places(&image[shape.rows(row % oh).start * row_len..], shape, row % oh, y, places);
-    });
+/// [`max_pool`] of `x * signs`, a sign a channel, and which of the window's `kernel * kernel` places each came from (the first of equals).
+/// NaN is greater than any number, as in PyTorch.
+pub fn signed_max_pool<T: Float>(x: &[T], signs: &[f32], shape: &PoolShape, maxima: &mut [T], places: &mut [u8]) {
+    match T::PER_WORD {
+        1 => pool_with_places::<f32>(bytemuck::cast_slice(x), signs, shape, bytemuck::cast_slice_mut(maxima), places),
+        _ => pool_with_places::<i16>(bytemuck::cast_slice(x), signs, shape, bytemuck::cast_slice_mut(maxima), places),
+    }
 }
 
-/// A row of [`max_pool_with_places`] from the rows of an image that it covers, the first of which `x` begins with.
-pub(super) fn max_pool_row_with_places<T: Float>(
-    x: &[T],
-    shape: &PoolShape,
-    row: usize,
-    y: &mut [T],
-    places: &mut [u8],
-) {
-    let c = shape.c;
-    T::write(y, |y| {
-        y.fill(f32::NEG_INFINITY);
-        places.fill(u8::MAX);
-        for ((ky, _), x) in shape.covered_places(row, shape.h).zip(x.chunks_exact(shape.w * c)) {
-            T::read(x, |x| take_maxima_of_row(x, ky, shape, y, places));
-        }
+fn pool_with_places<K: Ordered>(x: &[K], signs: &[f32], shape: &PoolShape, maxima: &mut [K], places: &mut [u8]) {
+    let ([oh, ow], row_len) = (shape.output(), shape.w * shape.c);
+    let out_len = ow * shape.c;
+    assert!(x.len() == shape.n * shape.h * row_len && signs.len() == shape.c, "buffers fit the shape");
+    assert!([maxima.len(), places.len()] == [shape.n * oh * out_len; 2], "buffers fit the shape");
+    // Of a whole row, which is pooled at once.
+    let signs: Vec<K> = signs.iter().map(|&sign| K::sign(sign)).cycle().take(row_len).collect();
+    maxima.par_chunks_mut(out_len).zip(places.par_chunks_mut(out_len)).enumerate().for_each(|(i, (y, places))| {
+        let (image, row) = (i / oh, i % oh);
+        let x = &x[(image * shape.h + shape.rows(row).start) * row_len..];
+        let (mut greatest, mut places_of_greatest) = (Scratch::take(row_len), Scratch::take(row_len));
+        let rows = (&mut greatest[..], &mut places_of_greatest[..]);
+        dispatch(Isa::current(), PoolRowWithPlaces { x, signs: &signs, shape, row, rows, y, places });
     });
 }
 
 /// Gradient to the input: each input position collects from the windows it is the maximum of.
 pub fn max_pool_backward<T: Float>(dy: &[T], places: &[u8], shape: &PoolShape, dx: &mut [T]) {
-    let image = shape.output().iter().product::<usize>() * shape.c;
-    dx.par_chunks_mut(shape.w * shape.c).enumerate().for_each(|(row, dx)| {
-        let image = row / shape.h * image..(row / shape.h + 1) * image;
-        max_pool_backward_row(&dy[image.clone()], &places[image], shape, row % shape.h, dx);
+    let ([oh, ow], c) = (shape.output(), shape.c);
+    dx.par_chunks_mut(shape.w * c).enumerate().for_each(|(row, dx)| {
+        let (image, row) = (row / shape.h, row % shape.h);
+        T::write(dx, |dx| {
+            dx.fill(0.0);
+            for (ky, oy) in shape.covering(row, oh) {
+                let windows = (image * oh + oy) * ow * c..(image * oh + oy + 1) * ow * c;
+                T::read(&dy[windows.clone()], |dy| add_to_maxima_of_row(dy, &places[windows], ky, shape, dx));
+            }
+        });
     });
 }
 
-/// A row of [`max_pool_backward`]; `dy` and `places` are those of its image.
-pub(super) fn max_pool_backward_row<T: Float>(dy: &[T], places: &[u8], shape: &PoolShape, row: usize, dx: &mut [T]) {
-    let ([oh, ow], c) = (shape.output(), shape.c);
-    T::write(dx, |dx| {
-        dx.fill(0.0);
-        for (ky, oy) in shape.covering(row, oh) {
-            let places = &places[oy * ow * c..][..ow * c];
-            T::read(&dy[oy * ow * c..][..ow * c], |dy| add_to_maxima_of_row(dy, places, ky, shape, dx));
+/// The windows that cover each coordinate along an axis, with its place in them: found once, for it takes divisions.
+pub(super) struct Covering {
+    windows: Vec<(usize, usize)>,
+    /// Where those of each coordinate begin, and where the last's end.
+    starts: Vec<usize>,
+}
+
+impl Covering {
+    /// Of the columns.
+    pub fn columns(shape: &PoolShape) -> Self {
+        let mut covering = Covering { windows: Vec::new(), starts: vec![0] };
+        for column in 0..shape.w {
+            covering.windows.extend(shape.covering(column, shape.output()[1]));
+            covering.starts.push(covering.windows.len());
         }
-    });
+        covering
+    }
+
+    /// Those of a coordinate, as [`PoolShape::covering`] gives them.
+    #[inline(always)]
+    pub fn of(&self, coordinate: usize) -> &[(usize, usize)] {
+        &self.windows[self.starts[coordinate]..self.starts[coordinate + 1]]
+    }
 }
 
 /// Mean over the pixels of each image, `[n, pixels, c]` to `[n, c]`.
@@ -195,13 +210,23 @@ fn three<T: Copy>(mut covered: impl Iterator<Item = T>) -> [T; 3] {
 }
 
 /// Values by their order, as which they are compared: f32 are their own, and the bits of bf16 become integers that 32 lanes compare.
-trait Ordered: bytemuck::Pod {
+trait Ordered: bytemuck::Pod + PartialOrd + Send + Sync {
     /// NaN is greater than any number.
     fn order(self) -> Self;
     /// The value of an order.
     fn value(self) -> Self;
     /// The greater of two orders.
     fn greater(self, other: Self) -> Self;
+    /// Whether an order is greater than another; no NaN than another.
+    fn exceeds(self, other: Self) -> bool;
+    /// What [`Ordered::order_of`] takes for 1 or -1.
+    fn sign(sign: f32) -> Self;
+    /// The order of the value times a sign, the same for both zeros.
+    fn order_of(self, sign: Self) -> Self;
+    /// A place, as something as wide as a value, so that as many are chosen at once.
+    fn of_place(place: u8) -> Self;
+    /// Back again.
+    fn place(self) -> u8;
 }
 
 impl Ordered for f32 {
@@ -216,6 +241,26 @@ impl Ordered for f32 {
     #[inline(always)]
     fn greater(self, other: f32) -> f32 {
         if self > other || self.is_nan() { self } else { other }
+    }
+    #[inline(always)]
+    fn exceeds(self, other: f32) -> bool {
+        (self > other) | (self.is_nan() & !other.is_nan())
+    }
+    #[inline(always)]
+    fn sign(sign: f32) -> f32 {
+        sign
+    }
+    #[inline(always)]
+    fn order_of(self, sign: f32) -> f32 {
+        self * sign
+    }
+    #[inline(always)]
+    fn of_place(place: u8) -> f32 {
+        f32::from_bits(u32::from(place))
+    }
+    #[inline(always)]
+    fn place(self) -> u8 {
+        self.to_bits() as u8
     }
 }
 
@@ -233,6 +278,27 @@ impl Ordered for i16 {
     #[inline(always)]
     fn greater(self, other: i16) -> i16 {
         self.max(other)
+    }
+    #[inline(always)]
+    fn exceeds(self, other: i16) -> bool {
+        self > other
+    }
+    #[inline(always)]
+    fn sign(sign: f32) -> i16 {
+        if sign < 0.0 { i16::MIN } else { 0 }
+    }
+    #[inline(always)]
+    fn order_of(self, sign: i16) -> i16 {
+        let signed = self ^ sign;
+        if signed == i16::MIN { 0i16.order() } else { signed.order() }
+    }
+    #[inline(always)]
+    fn of_place(place: u8) -> i16 {
+        i16::from(place)
+    }
+    #[inline(always)]
+    fn place(self) -> u8 {
+        self as u8
     }
 }
 
@@ -289,23 +355,82 @@ impl<K: Ordered> Task for PoolRow<'_, K> {
     }
 }
 
-vectorised! {
-    /// Of the pixels of the row at place `ky` of the windows, each that is greater than the window's maximum.
-    fn take_maxima_of_row(x: &[f32], ky: usize, shape: &PoolShape, y: &mut [f32], places: &mut [u8]) {
-        let c = shape.c;
-        for (ox, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
-            for (kx, ix) in shape.covered_places(ox, shape.w) {
-                let place = (ky * shape.kernel + kx) as u8;
-                for ((y, places), &x) in y.iter_mut().zip(&mut *places).zip(&x[ix * c..][..c]) {
-                    // The first place is taken whatever it holds, so that a window of -inf has a maximum too.
-                    let greater = x > *y || x.is_nan() || *places == u8::MAX;
-                    *y = if greater { x } else { *y };
-                    *places = if greater { place } else { *places };
-                }
+/// A row of windows as [`signed_max_pool`] has it, from the rows that they cover, the first of which `x` begins with; with room for the
+/// greatest of those and their places.
+struct PoolRowWithPlaces<'a, K> {
+    x: &'a [K],
+    signs: &'a [K],
+    shape: &'a PoolShape,
+    row: usize,
+    rows: (&'a mut [K], &'a mut [K]),
+    y: &'a mut [K],
+    places: &'a mut [u8],
+}
+
+impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
+    type Output = ();
+    const BF16: bool = false;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let PoolRowWithPlaces { x, signs, shape, row, rows: (greatest, found), y, places } = self;
+        let (c, len) = (shape.c, shape.w * shape.c);
+        let (signs, greatest, found) = (&signs[..len], &mut greatest[..len], &mut found[..len]);
+        // First along the columns of a window's rows, whole rows at a time.
+        let of_row = |ky: usize| K::of_place((ky * shape.kernel) as u8);
+        let mut rows =
+            shape.covered_places(row, shape.h).zip(x.chunks_exact(len)).map(|((ky, _), x)| (of_row(ky), &x[..len]));
+        let [(place, a), (place2, b), (place3, c3)] = three(&mut rows);
+        for i in 0..len {
+            let first = later((a[i].order_of(signs[i]), place), (b[i].order_of(signs[i]), place2));
+            (greatest[i], found[i]) = later(first, (c3[i].order_of(signs[i]), place3));
+        }
+        for (place, x) in rows {
+            for i in 0..len {
+                (greatest[i], found[i]) = later((greatest[i], found[i]), (x[i].order_of(signs[i]), place));
             }
         }
+        for (window, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
+            let mut columns = shape.covered_places(window, shape.w).map(|(kx, ix)| {
+                let pixel = ix * c..(ix + 1) * c;
+                (kx as u8, &greatest[pixel.clone()], &found[pixel])
+            });
+            let [first, second, third] = three(&mut columns);
+            for i in 0..c {
+                let greatest = first_of_greatest(at(first, i), at(second, i));
+                (y[i], places[i]) = first_of_greatest(greatest, at(third, i));
+            }
+            for column in columns {
+                for i in 0..c {
+                    (y[i], places[i]) = first_of_greatest((y[i], places[i]), at(column, i));
+                }
+            }
+            y.iter_mut().for_each(|y| *y = y.value());
+        }
     }
+}
 
+/// A channel's order and place in the window, of a window's column.
+#[inline(always)]
+fn at<K: Ordered>((kx, x, found): (u8, &[K], &[K]), i: usize) -> (K, u8) {
+    (x[i], found[i].place().wrapping_add(kx))
+}
+
+/// Of two orders and their places the second, if it exceeds the first.
+#[inline(always)]
+fn later<K: Ordered, P: Copy>(first: (K, P), second: (K, P)) -> (K, P) {
+    let is = second.0.exceeds(first.0);
+    (if is { second.0 } else { first.0 }, if is { second.1 } else { first.1 })
+}
+
+/// The greater of two orders and its place, of equals the first place.
+#[inline(always)]
+fn first_of_greatest<K: Ordered>(a: (K, u8), b: (K, u8)) -> (K, u8) {
+    let is = b.0.exceeds(a.0) | (!a.0.exceeds(b.0) & (b.1 < a.1));
+    (if is { b.0 } else { a.0 }, if is { b.1 } else { a.1 })
+}
+
+vectorised! {
     /// Adds a row of windows' gradients to the pixels, of the row at place `ky`, that they took.
     fn add_to_maxima_of_row(dy: &[f32], places: &[u8], ky: usize, shape: &PoolShape, dx: &mut [f32]) {
         let (c, [_, ow]) = (shape.c, shape.output());

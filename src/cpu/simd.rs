@@ -276,6 +276,23 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     }
     /// `v`, but zero where `y` is zero or less.
     fn where_positive(self, y: Self::V, v: Self::V) -> Self::V;
+    /// `v`, but zero in every lane whose byte, of those from `p` on, is not `byte`.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` bytes.
+    #[inline(always)]
+    unsafe fn where_equal(self, p: *const u8, byte: u8, v: Self::V) -> Self::V {
+        const { assert!(Self::LANES <= 16) };
+        let mut lanes = [0.0; 16];
+        // SAFETY: there is room for 16 lanes; the caller vouches for `p`.
+        unsafe {
+            self.store(lanes.as_mut_ptr(), v);
+            for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+                *lane = if p.add(i).read() == byte { *lane } else { 0.0 };
+            }
+            self.load(lanes.as_ptr())
+        }
+    }
     /// Asks for the cache line at `p`, which may be anywhere, to be brought into L2.
     #[inline(always)]
     fn prefetch(self, _p: *const f32) {}

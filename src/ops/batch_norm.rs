@@ -10,7 +10,8 @@ use super::pool::{max_pool2d, pool_shape};
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
 use crate::cpu::norm_backward::{self, Gate};
-use crate::cpu::pool::PoolShape;
+use crate::cpu::norm_pool::OfMaxima;
+use crate::cpu::pool::{PoolShape, signed_max_pool};
 use crate::cpu::{Float, elementwise, norm, norm_pool};
 use crate::cuda;
 use crate::error::{Error, Result};
@@ -167,7 +168,7 @@ fn apply(x: &Tensor, mean: &Tensor, variance: &Tensor, how: Norm, count: Option<
         Some([kernel, stride, padding]) => {
             let shape = pool_shape(x.dims(), kernel, stride, padding)?;
             with_float!(x.dtype(), T => Some(Pooled::new::<T>(gamma, shape, |signs, maxima, places| {
-                norm_pool::signed_max_pool(x.as_slice::<T>(), signs, &shape, maxima, places)
+                signed_max_pool(x.as_slice::<T>(), signs, &shape, maxima, places)
             })))
         }
     };
@@ -225,7 +226,7 @@ pub(super) fn normalise(
     Ok((y, saved))
 }
 
-/// What was pooled: [`norm_pool::signed_max_pool`] of the input.
+/// What was pooled: [`signed_max_pool`] of the input.
 pub(super) struct Pooled {
     maxima: Tensor,
     places: CpuBuffer,
@@ -287,8 +288,8 @@ impl InputGradient {
         let (x, dy) = (&self.x.as_slice::<T>()[values.clone()], self.dy.as_slice::<T>());
         match &self.pooled {
             Some((places, shape)) => {
-                let dy = (dy, places.as_slice());
-                norm_pool::backward_input_of_rows(x, self.gate(), self.coefficients(), dy, shape, rows, dx);
+                let of = OfMaxima { dy, places: places.as_slice(), shape };
+                norm_pool::backward_input_of_rows(x, self.gate(), self.coefficients(), of, rows, dx);
             }
             None => norm_backward::backward_input(x, self.gate(), self.coefficients(), Some(&dy[values]), dx),
         }
@@ -299,9 +300,9 @@ impl InputGradient {
         let x = self.x.clone();
         let x = x.as_slice::<T>();
         if let Some((places, shape)) = &self.pooled {
-            let dy = (self.dy.as_slice(), places.as_slice());
+            let of = OfMaxima { dy: self.dy.as_slice(), places: places.as_slice(), shape };
             return Tensor::build(self.x.shape().clone(), |dx| {
-                norm_pool::backward_input(x, self.gate(), self.coefficients(), dy, shape, dx);
+                norm_pool::backward_input(x, self.gate(), self.coefficients(), of, dx);
             });
         }
         // In place, if nothing else has the gradient.

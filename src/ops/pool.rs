@@ -27,7 +27,7 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> R
             let mut y = None;
             let places = Tensor::build(dims, |places| {
                 y = Some(with_float!(x.dtype(), T => {
-                    Tensor::build(dims, |y| cpu::pool::max_pool_with_places::<T>(x.as_slice(), &shape, y, places))
+                    Tensor::build(dims, |y| cpu::pool::signed_max_pool::<T>(x.as_slice(), &vec![1.0; shape.c], &shape, y, places))
                 }));
             });
             (y.expect("just built"), places)

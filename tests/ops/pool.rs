@@ -29,21 +29,23 @@ proptest! {
     #[test]
     fn max_pool_and_its_gradient(
         n in 1usize..3, h in 1usize..10, w in 1usize..10, c in 1usize..36, k in 1usize..5, s in 1usize..4, p in 0usize..3,
+        bf16 in any::<bool>(),
     ) {
         prop_assume!(p <= k / 2 && h + 2 * p >= k && w + 2 * p >= k);
+        let (dtype, tolerance) = if bf16 { (DType::BF16, 1e-2) } else { (DType::F32, 1e-6) };
         // A few distinct values, so that windows have ties.
         let x: Vec<f32> = values(n * h * w * c, 1).iter().map(|x| (x * 3.0).round()).collect();
         let want = reference(&x, [n, h, w, c], k, s, p);
-        let leaf = Tensor::from_slice(&x, [n, h, w, c]).unwrap().leaf();
+        let leaf = Tensor::from_slice(&x, [n, h, w, c]).unwrap().to_dtype(dtype).unwrap().leaf();
         let y = max_pool2d(&leaf, k, s, p).unwrap();
-        prop_assert_eq!(y.to_vec::<f32>(), want.iter().map(|w| w.0).collect::<Vec<_>>());
-        let dy = tensor(y.dims(), 2);
+        prop_assert_eq!(y.to_f32_vec().unwrap(), want.iter().map(|w| w.0).collect::<Vec<_>>());
+        let dy = tensor(y.dims(), 2).to_dtype(dtype).unwrap();
         let mut dx = vec![0.0f64; x.len()];
-        for (&(_, at), &dy) in want.iter().zip(dy.as_slice::<f32>()) {
+        for (&(_, at), dy) in want.iter().zip(dy.to_f32_vec().unwrap()) {
             dx[at] += f64::from(dy);
         }
         let gradients = y.backward_with(dy).unwrap();
-        assert_close(gradients.get(&leaf).unwrap().as_slice(), &dx, 1e-6, "dx");
+        assert_close(&gradients.get(&leaf).unwrap().to_f32_vec().unwrap(), &dx, tolerance, "dx");
     }
 
     /// Pooling the first layer as it is computed, to the same bits; more rows than are computed together, and in several parts.
