@@ -95,6 +95,11 @@ impl ConvShape {
         self.c < FEW_CHANNELS && self.kw > 1
     }
 
+    /// Columns of the filter, if the taps of each of its rows are merged.
+    fn merged_columns(&self) -> Option<usize> {
+        self.merges_taps().then_some(self.kw)
+    }
+
     /// The patches that outputs see, as rows, of pixels of `pixel` values.
     fn patches(&self, pixel: usize) -> Gather {
         let (output, [ph, pw]) = (self.output(), self.padding.map(|p| p as isize));
@@ -190,6 +195,10 @@ impl<T: Float> PackedFilter<T> {
             PackedFilter::Direct(_) if shape.merges_taps() => 1,
             PackedFilter::Winograd(filter) => filter.pictures_together(shape),
             PackedFilter::WinogradWide(filter) => filter.pictures_together(shape),
+            PackedFilter::Tiles(_, filter) => {
+                let picture = shape.output().iter().product::<usize>() * shape.o * size_of::<T>();
+                filter.pictures_together(picture, shape.n)
+            }
             _ => shape.n,
         }
     }
@@ -239,9 +248,10 @@ pub fn pack_filter_directly<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShap
 
 /// The forward pass as a product on tiles.
 fn on_tiles_product(shape: &ConvShape) -> Product {
-    match shape.merges_taps() {
-        true => Product::of_rows(shape.patches(shape.c), shape.kw),
-        false => Product::new(shape.patches(shape.c)),
+    let patches = shape.patches(shape.c);
+    match shape.merged_columns() {
+        Some(kw) => Product::of_rows(patches, kw),
+        None => Product::new(patches),
     }
 }
 

@@ -157,6 +157,8 @@ fn pictures_rows_and_channels_around_tiles() {
     check(shape([3, 6, 9, 15], [5, 2, 2], [1, 2], [1, 0]));
     // A gradient to the filter in several parts, and slices of them.
     check(shape([9, 33, 33, 33], [34, 3, 3], [1, 1], [1, 1]));
+    // A picture in strips of rows.
+    check(shape([1, 131, 131, 3], [64, 7, 7], [2, 2], [3, 3]));
 }
 
 fn tile_edge() -> impl Strategy<Value = usize> {

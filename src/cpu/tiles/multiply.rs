@@ -30,6 +30,20 @@ const PLANES: [usize; 2] = [1 << 18, 1 << 20];
 /// Pieces of a few pictures' work that a thread takes: where another program slows one down, others take more of them.
 const PIECES: usize = 2;
 
+impl TileFilter {
+    fn bytes(&self) -> usize {
+        self.panels.len() * size_of::<bf16>()
+    }
+
+    /// Pictures that a thread may take by themselves, of so many bytes of results each, for these to be in its L2 when they are done.
+    pub fn pictures_together(&self, picture: usize, pictures: usize) -> usize {
+        match self.bytes() <= RIGHT_STAYS {
+            true => PLANES[0].div_ceil(picture.max(1)),
+            false => pictures,
+        }
+    }
+}
+
 /// A product whose left side is read through a [`Gather`].
 pub struct Product {
     gather: Gather,
@@ -170,11 +184,11 @@ impl Product {
             let part = Part { pictures: 0..pictures, rows: 0..height };
             self.arrangement.len(&part) * size_of::<bf16>() * b.parts
         };
-        let planes = PLANES[usize::from(b.panels.len() * size_of::<bf16>() > RIGHT_STAYS)];
+        let planes = PLANES[usize::from(b.bytes() > RIGHT_STAYS)];
         // Only a picture alone is cut into rows.
         let groups =
             images.div_ceil((planes / bytes(1).max(1)).max(1)).next_multiple_of(threads).max(wanted).min(images);
-        let by_columns = b.panels.len() * size_of::<bf16>() > bytes(images.div_ceil(groups));
+        let by_columns = b.bytes() > bytes(images.div_ceil(groups));
         let strips = if groups < images { 1 } else { bytes(1).div_ceil(planes) };
         let strips = if by_columns || groups < images { strips } else { strips.max(wanted.div_ceil(groups)) };
         let strips = strips.clamp(1, height);

@@ -178,6 +178,22 @@ impl Arrangement {
         self.chunks
     }
 
+    /// Steps of the depth that a tap takes, in chunks or one after the other.
+    pub fn steps_of_tap(&self) -> usize {
+        self.chunks * self.steps
+    }
+
+    /// Positions of a chunk of `len` values whose steps end in it.
+    pub fn positions_in(&self, len: usize) -> usize {
+        (len - self.steps * STEP) / self.width + 1
+    }
+
+    /// With rows of an even number of positions: a tap then begins at an even one, if it is the first of its row.
+    pub fn with_even_rows(mut self) -> Self {
+        self.pitch = self.pitch.next_multiple_of(2);
+        self
+    }
+
     /// Number of planes.
     pub fn planes(&self) -> usize {
         self.planes.len()

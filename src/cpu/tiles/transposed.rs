@@ -8,13 +8,16 @@
 //!
 //! A task takes some output channels and some pictures. It turns their gradients and then, 32 input channels at a time,
 //! pairs the input and multiplies: for each tap and 32 output channels over all positions, so that sums are stored once. Where its
-//! operands would not fit L2 it takes the pictures in slices.
+//! operands would not fit L2 it takes the pictures in slices, or each of them in strips of rows.
+//!
+//! Of few channels the pixels under a row of the filter are one run of the plane: positions overlap, and a tap is a row.
 
+use super::super::conv::OutputGradient;
 use super::super::float::{Float, split};
 use super::super::gather::Gather;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
-use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step};
+use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
 use super::{HALF, Parts, multiply_parts, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
@@ -31,24 +34,35 @@ const SUMS: usize = TILE * TILE;
 /// Bytes of a slice's operands: half of an L2 of 2 MiB.
 const SLICE: usize = 1 << 20;
 
+/// Most output channels whose gradients each task can make for itself: of more, several tasks take the same pictures.
+pub const MADE_COLUMNS: usize = COLUMNS;
+
 /// `c [columns of b, depth of a] = b^T (rows of a through gather)`, as [`super::super::gemm_transposed::multiply_transposed`]
-/// in column-major order.
+/// in column-major order. With `kw`, the columns of the filter, the taps of each of its rows are taken together.
 pub fn multiply_transposed<U: Tiles, T: Float>(
     isa: Isa,
     a: &[T],
     gather: &Gather,
-    b: &[T],
+    kw: Option<usize>,
+    b: OutputGradient<T>,
     columns: usize,
     c: &mut [f32],
 ) {
-    gather.check(a.len(), b.len() / columns.max(1));
-    let (taps, run) = (gather.taps.len(), gather.run);
-    assert_eq!(c.len(), taps * run * columns, "the result has the depth of A times the columns of B");
+    let depth = gather.depth();
+    gather.check(a.len(), gather.rows());
+    assert_eq!(gather.target, gather.grid, "every position is a row of B");
+    if let OutputGradient::There(b) = b {
+        assert_eq!(b.len(), gather.rows() * columns, "as many rows as positions");
+    }
+    assert_eq!(c.len(), depth * columns, "the result has the depth of A times the columns of B");
     if gather.rows() == 0 || c.is_empty() {
         return c.fill(0.0);
     }
-    let arrangement = Arrangement::new(gather);
-    let (ranges, chunks) = (columns.div_ceil(COLUMNS), arrangement.chunks());
+    let arrangement = arrangement(gather, kw);
+    // Pixels of a run, and what each of them takes there and in the result.
+    let (taps, pixels) = (gather.taps.len() / kw.unwrap_or(1), kw.unwrap_or(1));
+    let pixel = kw.map_or(gather.run, |_| merged_pixel(gather.run));
+    let (ranges, chunks) = (columns.div_ceil(COLUMNS), arrangement.steps_of_tap());
     let parts = TASKS.div_ceil(ranges).min(gather.images);
     // [part][range of columns][chunk of the run][tap][32 columns] of tiles of sums, the last range as long as the others.
     let groups = columns.min(COLUMNS).div_ceil(TILE);
@@ -58,24 +72,34 @@ pub fn multiply_transposed<U: Tiles, T: Float>(
         let (part, first) = (task / ranges, task % ranges * COLUMNS);
         let pictures = part * gather.images / parts..(part + 1) * gather.images / parts;
         let (columns, width, tiles) = (first..columns.min(first + COLUMNS), columns, PhantomData::<U>);
-        dispatch(isa, Sum { a, gather, arrangement: &arrangement, b, pictures, width, columns, sums, tiles });
+        dispatch(isa, Sum { a, gather, arrangement: &arrangement, taps, b, pictures, width, columns, sums, tiles });
     });
-    c.par_chunks_mut(taps * run).enumerate().for_each(|(column, c)| {
+    c.par_chunks_mut(depth).enumerate().for_each(|(column, c)| {
         let (range, group, row) = (column / COLUMNS, column % COLUMNS / TILE, in_order(column % TILE));
-        for (tap, c) in c.chunks_exact_mut(run).enumerate() {
-            for (chunk, c) in c.chunks_mut(TILE).enumerate() {
+        let mut run = vec![0.0; chunks * TILE];
+        for (tap, c) in c.chunks_exact_mut(depth / taps).enumerate() {
+            for (chunk, sum) in run.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
                 let tile = ((range * chunks + chunk) * taps + tap) * groups + group;
-                let mut sum = [0.0; TILE];
+                *sum = [0.0; TILE];
                 for part in partial.chunks_exact(ranges * task_len) {
                     let (even, odd) = part[tile * SUMS + row * TILE..][..TILE].split_at(HALF);
                     for ((sum, even), odd) in sum.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
                         *sum = [sum[0] + even, sum[1] + odd];
                     }
                 }
-                c.copy_from_slice(&sum[..c.len()]);
+            }
+            for (c, run) in c.chunks_exact_mut(depth / taps / pixels).zip(run.chunks(pixel)) {
+                c.copy_from_slice(&run[..c.len()]);
             }
         }
     });
+}
+
+fn arrangement(gather: &Gather, kw: Option<usize>) -> Arrangement {
+    match kw {
+        Some(kw) => Arrangement::of_rows(gather, kw).with_even_rows(),
+        None => Arrangement::new(gather),
+    }
 }
 
 /// Where the sums of a row or column of 32 are: the even ones first.
@@ -83,12 +107,13 @@ fn in_order(i: usize) -> usize {
     i / 2 + i % 2 * HALF
 }
 
-/// The sums of some columns over some pictures, `[chunk][tap][32 columns]` of tiles.
+/// The sums of some columns over some pictures, `[step of a tap][tap][32 columns]` of tiles.
 struct Sum<'a, U, T> {
     a: &'a [T],
     gather: &'a Gather,
     arrangement: &'a Arrangement,
-    b: &'a [T],
+    taps: usize,
+    b: OutputGradient<'a, T>,
     pictures: Range<usize>,
     /// Columns of `b` in all.
     width: usize,
@@ -102,18 +127,21 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let count = parts_of::<T>();
-        let part = |pictures: Range<usize>| Part { pictures, rows: 0..self.gather.grid[0] };
+        let (count, [height, _]) = (parts_of::<T>(), self.gather.grid);
         // What a position takes: the gradients, and two versions of 32 channels.
         let position = (self.columns.len() + 2 * TILE) * count * size_of::<bf16>();
-        let each = (SLICE / (position * self.arrangement.positions(&part(0..1)))).clamp(1, self.pictures.len());
-        let slices = self.pictures.len().div_ceil(each);
-        for slice in 0..slices {
-            let of = |i: usize| self.pictures.start + i * self.pictures.len() / slices;
-            let part = part(of(slice)..of(slice + 1));
+        let picture = position * self.arrangement.positions(&Part { pictures: 0..1, rows: 0..height });
+        let pictures = self.pictures.len();
+        let slices = pictures.div_ceil((SLICE / picture).clamp(1, pictures));
+        let strips = if slices < pictures { 1 } else { picture.div_ceil(SLICE).min(height) };
+        for (slice, strip) in (0..slices).flat_map(|slice| (0..strips).map(move |strip| (slice, strip))) {
+            let of = |i: usize| self.pictures.start + i * pictures / slices;
+            let pictures = of(slice)..of(slice + 1);
+            let part = Part { pictures, rows: strip * height / strips..(strip + 1) * height / strips };
+            let first = slice == 0 && strip == 0;
             match count {
-                1 => self.slice::<S, 1>(simd, &part, slice == 0),
-                _ => self.slice::<S, 2>(simd, &part, slice == 0),
+                1 => self.slice::<S, 1>(simd, &part, first),
+                _ => self.slice::<S, 2>(simd, &part, first),
             }
         }
     }
@@ -122,11 +150,12 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
 impl<U: Tiles, T: Float> Sum<'_, U, T> {
     #[inline(always)]
     fn slice<S: Simd, const PARTS: usize>(&mut self, simd: S, part: &Part, first: bool) {
-        let (arrangement, taps) = (self.arrangement, self.gather.taps.len());
+        let (arrangement, taps) = (self.arrangement, self.taps);
         let positions = arrangement.positions(part).next_multiple_of(STEP);
-        let turned = self.turn(simd, part, PARTS);
+        let turned = self.turn_gradients(simd, part, PARTS);
         let len = arrangement.chunk_len(part);
-        let pairs = (len / STEP).div_ceil(2);
+        let there = arrangement.positions_in(len);
+        let pairs = there.div_ceil(2);
         let mut planes: Parts = super::parts(PARTS, arrangement.planes() * len);
         // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
         let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
@@ -144,10 +173,16 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         versions.dedup();
         let mut tiles = U::new();
         // The last range may have fewer.
-        let groups = self.sums.len() / (arrangement.chunks() * taps * SUMS);
-        for chunk in 0..arrangement.chunks() {
-            arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
-            pair(simd, &planes, &mut paired, len / STEP, &versions);
+        let groups = self.sums.len() / (arrangement.steps_of_tap() * taps * SUMS);
+        for chunk in 0..arrangement.steps_of_tap() {
+            let mut from = 0;
+            if chunk < arrangement.chunks() {
+                arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
+            } else {
+                // The run goes on in the same plane.
+                from = chunk * STEP;
+            }
+            pair(simd, &planes, &mut paired, [len, from, arrangement.width(), there], &versions);
             let lefts: [*const bf16; PARTS] = std::array::from_fn(|part| turned[part].as_ptr());
             let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
             for (tap, &right) in right.iter().enumerate() {
@@ -172,10 +207,30 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         }
     }
 
-    /// The gradients of the columns, `[16 columns][32 positions][column][position]`, zero where there is no output.
+    /// [`Sum::turn`] of the gradients of a part, which follow one another.
     #[inline(always)]
-    fn turn<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
-        let targets = self.arrangement.targets(part, 0);
+    fn turn_gradients<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
+        let ([height, columns], pictures) = (self.gather.grid, &part.pictures);
+        let start = pictures.start * height + part.rows.start;
+        let rows = start..start + (pictures.len() - 1) * height + part.rows.len();
+        let row_len = columns * self.width;
+        match self.b {
+            OutputGradient::There(b) => {
+                self.turn(simd, part, &b[rows.start * row_len..rows.end * row_len], start * columns, count)
+            }
+            OutputGradient::Made(make) => {
+                let mut made = Scratch::take(rows.len() * row_len);
+                make(rows, &mut made);
+                self.turn(simd, part, &made, start * columns, count)
+            }
+        }
+    }
+
+    /// The gradients `b` of the columns, `[16 columns][32 positions][column][position]`, zero where there is no output; `before` positions
+    /// come before them.
+    #[inline(always)]
+    fn turn<S: Simd>(&self, simd: S, part: &Part, b: &[T], before: usize, count: usize) -> Parts {
+        let targets = self.arrangement.targets(part, before);
         let (groups, steps) = (self.columns.len().div_ceil(TILE), targets.len() / STEP);
         let mut parts: Parts = super::parts(count, groups * 2 * HALF * targets.len());
         let turned = &mut slices(&mut parts)[..];
@@ -187,8 +242,8 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         for (step, positions) in targets.chunks_exact(STEP).enumerate() {
             for group in 0..groups {
                 for (i, pair) in positions.chunks_exact(2).enumerate() {
-                    self.gradients(simd, pair[0], group * TILE, 0, rows);
-                    self.gradients(simd, pair[1], group * TILE, TILE, rows);
+                    self.gradients(simd, b, pair[0], group * TILE, 0, rows);
+                    self.gradients(simd, b, pair[1], group * TILE, TILE, rows);
                     for (words, rows) in words.iter_mut().zip(&*rows) {
                         for j in (0..HALF).step_by(S::LANES) {
                             // SAFETY: twice as many values as lanes from `2 j` on lie in either row, and so many words in row `i`.
@@ -215,13 +270,13 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
 
     /// The gradients of a pixel of the target for 32 of the columns from `first` on, to `rows[..][at..]`.
     #[inline(always)]
-    fn gradients<S: Simd>(&self, simd: S, target: usize, first: usize, at: usize, rows: &mut [&mut [bf16]]) {
+    fn gradients<S: Simd>(&self, simd: S, b: &[T], target: usize, first: usize, at: usize, rows: &mut [&mut [bf16]]) {
         if target == NONE {
             return rows.iter_mut().for_each(|row| row[at..at + TILE].fill(bf16::ZERO));
         }
         let start = target * self.width + self.columns.start;
-        simd.prefetch_near(self.b.as_ptr().wrapping_add(start + first + AHEAD * self.width).cast());
-        let row = &self.b[start..][..self.columns.len()];
+        simd.prefetch_near(b.as_ptr().wrapping_add(start + first + AHEAD * self.width).cast());
+        let row = &b[start..][..self.columns.len()];
         let row = &row[first..row.len().min(first + TILE)];
         if let Ok(row) = <&[T; TILE]>::try_from(row) {
             copy_step(simd, row, at, rows);
@@ -232,17 +287,24 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
     }
 }
 
-/// Pairs of neighbouring positions of planes of `positions`: `[plane][beginning with an even or an odd one][even or odd
-/// channels][pair][channel][position of the pair]`. Of the first two only `versions` are made.
+/// Pairs of neighbouring positions of planes of `len` values, `width` from one of their `positions` to the next, and of each 32 values from
+/// `from` on: `[plane][beginning with an even or an odd one][even or odd channels][pair][channel][position of the pair]`. Of the first two
+/// only `versions` are made.
 #[inline(always)]
-fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, versions: &[usize]) {
+fn pair<S: Simd>(
+    simd: S,
+    planes: &Parts,
+    paired: &mut Parts,
+    [len, from, width, positions]: [usize; 4],
+    versions: &[usize],
+) {
     let pairs = positions.div_ceil(2);
+    assert!((positions - 1) * width + from + STEP <= len);
     for (plane, paired) in planes.iter().zip(paired) {
         for &version in versions {
             let (i, odd) = (version / 2, version % 2);
-            assert!(plane.len() >= (i + 1) * positions * STEP && paired.len() >= (version + 1) * 2 * pairs * TILE);
-            let (from, out) =
-                (plane[i * positions * STEP..].as_ptr(), paired[version * 2 * pairs * TILE..].as_mut_ptr());
+            assert!(plane.len() >= (i + 1) * len && paired.len() >= (version + 1) * 2 * pairs * TILE);
+            let (from, out) = (plane[i * len + from..].as_ptr(), paired[version * 2 * pairs * TILE..].as_mut_ptr());
             for j in 0..pairs {
                 // Past the end there is nothing that meets a gradient.
                 let [first, second] = [2 * j + odd, 2 * j + odd + 1].map(|position| position.min(positions - 1));
@@ -250,7 +312,7 @@ fn pair<S: Simd>(simd: S, planes: &Parts, paired: &mut Parts, positions: usize, 
                     // SAFETY: positions that are read are inside the plane, and the pair inside its version, as asserted.
                     unsafe {
                         let from = from.add(channel);
-                        let words = simd.pair_rows(from.add(first * STEP), from.add(second * STEP));
+                        let words = simd.pair_rows(from.add(first * width), from.add(second * width));
                         let out = out.add(j * TILE + channel);
                         simd.store(out.cast(), words[0]);
                         simd.store(out.add(pairs * TILE).cast(), words[1]);
