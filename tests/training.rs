@@ -209,13 +209,14 @@ fn killed_and_resumed_a_run_ends_with_the_same_bits() {
     assert!(command(&arguments(&whole, &DEMANDING)).output().unwrap().status.success());
     let want = remains(&whole);
     let mut rng = ChaCha8Rng::seed_from_u64(4);
-    let mut kills = 0;
+    let mut kills = 0u64;
     for round in 0.. {
         let run = dir.path().join(format!("killed-{round}"));
         let mut args = arguments(&run, &DEMANDING);
         loop {
             let mut child = command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(rng.random_range(20..900)));
+            // Longer after many, so that a slow machine gets on between two as well.
+            std::thread::sleep(Duration::from_millis(rng.random_range(20..900 + 10 * kills)));
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success(), "round {round} after {kills} kills");
                 break;
