@@ -380,14 +380,14 @@ impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
         let of_row = |ky: usize| K::of_place((ky * shape.kernel) as u8);
         let mut rows =
             shape.covered_places(row, shape.h).zip(x.chunks_exact(len)).map(|((ky, _), x)| (of_row(ky), &x[..len]));
-        let [(place, a), (place2, b), (place3, c3)] = three(&mut rows);
+        let [first, second, third] = three(&mut rows);
         for i in 0..len {
-            let first = later((a[i].order_of(signs[i]), place), (b[i].order_of(signs[i]), place2));
-            (greatest[i], found[i]) = later(first, (c3[i].order_of(signs[i]), place3));
+            let greater = later(order_at(first, signs, i), order_at(second, signs, i));
+            (greatest[i], found[i]) = later(greater, order_at(third, signs, i));
         }
-        for (place, x) in rows {
+        for row in rows {
             for i in 0..len {
-                (greatest[i], found[i]) = later((greatest[i], found[i]), (x[i].order_of(signs[i]), place));
+                (greatest[i], found[i]) = later((greatest[i], found[i]), order_at(row, signs, i));
             }
         }
         for (window, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
@@ -408,6 +408,12 @@ impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
             y.iter_mut().for_each(|y| *y = y.value());
         }
     }
+}
+
+/// The order of a value times its sign, and the place that the row begins with.
+#[inline(always)]
+fn order_at<K: Ordered>((place, x): (K, &[K]), signs: &[K], i: usize) -> (K, K) {
+    (x[i].order_of(signs[i]), place)
 }
 
 /// A channel's order and place in the window, of a window's column.
