@@ -82,6 +82,16 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn interleave(self, even: __m512, odd: __m512) -> [__m512; 2] {
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            // Lanes of the second vector count from 16.
+            let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+            [_mm512_permutex2var_ps(even, first, odd), _mm512_permutex2var_ps(even, second, odd)]
+        }
+    }
+    #[inline(always)]
     unsafe fn spread_pixels(self, from: *const bf16, to: *mut bf16) {
         // SAFETY: `self` proves the feature; the caller vouches for the rest.
         unsafe {

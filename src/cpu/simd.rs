@@ -246,6 +246,24 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             [self.pairs(even, even2), self.pairs(odd, odd2)]
         }
     }
+    /// The lanes of two vectors in turn.
+    #[inline(always)]
+    fn interleave(self, even: Self::V, odd: Self::V) -> [Self::V; 2] {
+        const { assert!(Self::LANES <= 16) };
+        let mut lanes = [0.0; 32];
+        // SAFETY: there is room for 16 lanes of either.
+        unsafe {
+            let (first, second) = (lanes.as_mut_ptr(), lanes.as_mut_ptr().add(Self::LANES));
+            let [mut evens, mut odds] = [[0.0; 16]; 2];
+            self.store(evens.as_mut_ptr(), even);
+            self.store(odds.as_mut_ptr(), odd);
+            for lane in 0..Self::LANES {
+                first.add(2 * lane).write(evens[lane]);
+                first.add(2 * lane + 1).write(odds[lane]);
+            }
+            [self.load(first), self.load(second)]
+        }
+    }
     /// `LANES / 2` pixels of three bf16, one after the other, to as many of four, the last of which is zero.
     ///
     /// # Safety

@@ -4,7 +4,7 @@
 //! pixels of the input, two by two, that a tap sees from there. The former are turned once; the latter are a plane
 //! (`Arrangement`) whose neighbouring positions are paired, once beginning with an even and once with an odd one: then every tap is a
 //! run of pairs. Either side comes with its even channels first, because that is how words of two rows are cheapest to make; the sums
-//! are put in order when they are added up.
+//! are put in order while the tiles multiply the next ones.
 //!
 //! A task takes some output channels and some pictures. It turns their gradients and then, 32 input channels at a time,
 //! pairs the input and multiplies: for each tap and 32 output channels over all positions, so that sums are stored once. Where its
@@ -13,6 +13,7 @@
 //! Of few channels the pixels under a row of the filter are one run of the plane: positions overlap, and a tap is a row.
 
 use super::super::conv::OutputGradient;
+use super::super::elementwise;
 use super::super::float::{Float, split};
 use super::super::gather::Gather;
 use super::super::simd::{Isa, Simd, Task, dispatch};
@@ -29,8 +30,6 @@ use std::ops::Range;
 const COLUMNS: usize = 128;
 /// A gradient is divided among at least so many tasks, if it has as many pictures.
 const TASKS: usize = 4;
-/// Values of a tile of sums.
-const SUMS: usize = TILE * TILE;
 /// Bytes of a slice's operands: half of an L2 of 2 MiB.
 const SLICE: usize = 1 << 20;
 
@@ -59,40 +58,35 @@ pub fn multiply_transposed<U: Tiles, T: Float>(
         return c.fill(0.0);
     }
     let arrangement = arrangement(gather, kw);
-    // Pixels of a run, and what each of them takes there and in the result.
-    let (taps, pixels) = (gather.taps.len() / kw.unwrap_or(1), kw.unwrap_or(1));
-    let pixel = kw.map_or(gather.run, |_| merged_pixel(gather.run));
-    let (ranges, chunks) = (columns.div_ceil(COLUMNS), arrangement.steps_of_tap());
+    let (taps, steps) = (gather.taps.len() / kw.unwrap_or(1), arrangement.steps_of_tap());
+    let (ranges, row) = (columns.div_ceil(COLUMNS), taps * steps * TILE);
     let parts = TASKS.div_ceil(ranges).min(gather.images);
-    // [part][range of columns][chunk of the run][tap][32 columns] of tiles of sums, the last range as long as the others.
-    let groups = columns.min(COLUMNS).div_ceil(TILE);
-    let task_len = chunks * taps * groups * SUMS;
-    let mut partial = Scratch::<f32>::take(parts * ranges * task_len);
-    partial.par_chunks_mut(task_len).enumerate().for_each(|(task, sums)| {
+    // Sums of a part of the pictures are [column][tap][step of a tap][32], as they are in `c` where a tap is whole steps; they are of
+    // the first part in place, and those of the others are added.
+    let in_place = kw.is_none() && gather.run.is_multiple_of(STEP);
+    let mut padded = (!in_place).then(|| Scratch::<f32>::take(columns * row));
+    let sums = padded.as_deref_mut().unwrap_or(&mut *c);
+    let mut others = Scratch::<f32>::take((parts - 1) * columns * row);
+    let of_parts = std::iter::once(&mut *sums).chain(others.chunks_mut(columns * row));
+    let tasks: Vec<_> = of_parts.flat_map(|sums| sums.chunks_mut(COLUMNS * row)).collect();
+    tasks.into_par_iter().enumerate().for_each(|(task, sums)| {
         let (part, first) = (task / ranges, task % ranges * COLUMNS);
         let pictures = part * gather.images / parts..(part + 1) * gather.images / parts;
         let (columns, width, tiles) = (first..columns.min(first + COLUMNS), columns, PhantomData::<U>);
         dispatch(isa, Sum { a, gather, arrangement: &arrangement, taps, b, pictures, width, columns, sums, tiles });
     });
-    c.par_chunks_mut(depth).enumerate().for_each(|(column, c)| {
-        let (range, group, row) = (column / COLUMNS, column % COLUMNS / TILE, in_order(column % TILE));
-        let mut run = vec![0.0; chunks * TILE];
-        for (tap, c) in c.chunks_exact_mut(depth / taps).enumerate() {
-            for (chunk, sum) in run.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-                let tile = ((range * chunks + chunk) * taps + tap) * groups + group;
-                *sum = [0.0; TILE];
-                for part in partial.chunks_exact(ranges * task_len) {
-                    let (even, odd) = part[tile * SUMS + row * TILE..][..TILE].split_at(HALF);
-                    for ((sum, even), odd) in sum.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
-                        *sum = [sum[0] + even, sum[1] + odd];
-                    }
-                }
-            }
-            for (c, run) in c.chunks_exact_mut(depth / taps / pixels).zip(run.chunks(pixel)) {
-                c.copy_from_slice(&run[..c.len()]);
+    for part in others.chunks_exact(columns * row) {
+        elementwise::add_assign(sums, part);
+    }
+    if let Some(sums) = padded {
+        // Pixels of a tap, and what each of them takes there and in the result.
+        let (pixels, pixel) = (kw.unwrap_or(1), kw.map_or(gather.run, |_| merged_pixel(gather.run)));
+        for (c, sums) in c.chunks_exact_mut(depth / taps).zip(sums.chunks_exact(steps * TILE)) {
+            for (c, sums) in c.chunks_exact_mut(depth / taps / pixels).zip(sums.chunks(pixel)) {
+                c.copy_from_slice(&sums[..c.len()]);
             }
         }
-    });
+    }
 }
 
 fn arrangement(gather: &Gather, kw: Option<usize>) -> Arrangement {
@@ -102,12 +96,7 @@ fn arrangement(gather: &Gather, kw: Option<usize>) -> Arrangement {
     }
 }
 
-/// Where the sums of a row or column of 32 are: the even ones first.
-fn in_order(i: usize) -> usize {
-    i / 2 + i % 2 * HALF
-}
-
-/// The sums of some columns over some pictures, `[step of a tap][tap][32 columns]` of tiles.
+/// The sums of some columns over some pictures, `[column][tap][step of a tap][32]`.
 struct Sum<'a, U, T> {
     a: &'a [T],
     gather: &'a Gather,
@@ -172,8 +161,14 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         versions.sort_unstable();
         versions.dedup();
         let mut tiles = U::new();
-        // The last range may have fewer.
-        let groups = self.sums.len() / (arrangement.steps_of_tap() * taps * SUMS);
+        // While a block is multiplied, the sums of the one before it are put in their places, some rows at each step.
+        let mut blocks = [Block::default(), Block::default()];
+        let [mut now, mut before] = blocks.each_mut();
+        let (steps, mut unfinished) = (arrangement.steps_of_tap(), Unfinished::default());
+        let rows = TILE.div_ceil(positions / STEP);
+        let places =
+            Places { first, row: taps * steps * TILE, columns: self.columns.len(), sums: self.sums.as_mut_ptr() };
+        assert_eq!(self.sums.len(), places.columns * places.row);
         for chunk in 0..arrangement.steps_of_tap() {
             let mut from = 0;
             if chunk < arrangement.chunks() {
@@ -187,11 +182,10 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
             for (tap, &right) in right.iter().enumerate() {
                 for group in 0..self.columns.len().div_ceil(TILE) {
-                    let sums = &mut self.sums[((chunk * taps + tap) * groups + group) * SUMS..][..SUMS];
-                    // SAFETY: a tile of sums is there; the left side's tiles lie one after the other in `turned`, those of the right side
-                    // in `paired`, as asserted for each tap.
+                    // SAFETY: the left side's tiles lie one after the other in `turned`, those of the right side in `paired`, as
+                    // asserted for each tap; the places of a block's sums are inside `self.sums`.
                     unsafe {
-                        tiles.start(if first { std::ptr::null() } else { sums.as_ptr() }, TILE);
+                        tiles.start(std::ptr::null(), 0);
                         for step in 0..positions / STEP {
                             let left = (2 * group * positions / STEP + step) * HALF * STEP;
                             let lower = left + positions * HALF;
@@ -199,12 +193,17 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                             let a = lefts.map(|part| [part.add(left), part.add(lower)]);
                             let b = rights.map(|part| [part.add(right), part.add(right + half)]);
                             multiply_parts(&mut tiles, a, STEP, b);
+                            unfinished.finish(simd, before, &places, rows);
                         }
-                        tiles.finish(sums.as_mut_ptr(), TILE);
+                        tiles.finish(now.0.as_mut_ptr().cast(), TILE);
                     }
+                    std::mem::swap(&mut now, &mut before);
+                    unfinished = Unfinished { row: 0, group, at: (tap * steps + chunk) * TILE };
                 }
             }
         }
+        // SAFETY: as above.
+        unsafe { unfinished.finish(simd, before, &places, TILE) };
     }
 
     /// [`Sum::turn`] of the gradients of a part, which follow one another.
@@ -283,6 +282,66 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         } else {
             split(simd, row, at, rows);
             rows.iter_mut().for_each(|part| part[at + row.len()..at + TILE].fill(bf16::ZERO));
+        }
+    }
+}
+
+/// The sums of 32 columns and a step, the even ones first on either side.
+#[derive(Default)]
+#[repr(align(64))]
+struct Block([[f32; TILE]; TILE]);
+
+/// Where sums go.
+struct Places {
+    /// Whether they are the first, or are added to what is there.
+    first: bool,
+    columns: usize,
+    /// Values from one column to the next.
+    row: usize,
+    sums: *mut f32,
+}
+
+/// Rows of a block, of a column each, that are not in their places.
+struct Unfinished {
+    row: usize,
+    /// The block's 32 columns.
+    group: usize,
+    /// Where in its columns it begins.
+    at: usize,
+}
+
+impl Default for Unfinished {
+    fn default() -> Self {
+        Unfinished { row: TILE, group: 0, at: 0 }
+    }
+}
+
+impl Unfinished {
+    /// Puts some rows in their places, as far as there are.
+    ///
+    /// # Safety
+    /// The places are valid, and nobody else's.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&mut self, simd: S, block: &Block, places: &Places, rows: usize) {
+        let end = TILE.min(self.row + rows);
+        for row in std::mem::replace(&mut self.row, end)..end {
+            let column = self.group * TILE + row % HALF * 2 + row / HALF;
+            if column >= places.columns {
+                continue;
+            }
+            let (even, odd) = block.0[row].split_at(HALF);
+            for i in (0..HALF).step_by(S::LANES) {
+                // SAFETY: a vector from `i` on is in either half; the contract.
+                unsafe {
+                    let mut sums = simd.interleave(simd.load(even.as_ptr().add(i)), simd.load(odd.as_ptr().add(i)));
+                    let to = places.sums.add(column * places.row + self.at + 2 * i);
+                    if !places.first {
+                        sums = [simd.add(simd.load(to), sums[0]), simd.add(simd.load(to.add(S::LANES)), sums[1])];
+                    }
+                    simd.store(to, sums[0]);
+                    simd.store(to.add(S::LANES), sums[1]);
+                }
+            }
         }
     }
 }
