@@ -31,10 +31,6 @@ const PLANES: [usize; 2] = [1 << 18, 1 << 20];
 const PIECES: usize = 2;
 
 impl TileFilter {
-    fn bytes(&self) -> usize {
-        self.panels.len() * size_of::<bf16>()
-    }
-
     /// Pictures that a thread may take by themselves, of so many bytes of results each, for these to be in its L2 when they are done.
     pub fn pictures_together(&self, picture: usize, pictures: usize) -> usize {
         match self.bytes() <= RIGHT_STAYS {

@@ -147,6 +147,42 @@ impl Arrangement {
         part.rows.len() + self.span - self.shared
     }
 
+    /// Rows of a plane that are filled.
+    fn rows_of_plane(&self, part: &Part) -> usize {
+        part.pictures.len() * self.rows(part) + self.shared
+    }
+
+    /// The row of the source, of those of all pictures, that one of a plane sees, if it is not padding.
+    fn source_row(&self, part: &Part, plane: [isize; 2], row: usize) -> Option<usize> {
+        let rows = self.rows(part);
+        // Where pictures share rows, those are of zeros.
+        let picture = (row / rows).min(part.pictures.len() - 1);
+        let within = (row - picture * rows + part.rows.start) as isize;
+        let y = plane[0] + within * self.step[0] as isize;
+        let inside = (0..self.source[0] as isize).contains(&y);
+        inside.then(|| (part.pictures.start + picture) * self.source[0] + y as usize)
+    }
+
+    /// Whether every position is a pixel of whole steps.
+    pub fn takes_whole_pixels(&self) -> bool {
+        !self.merged && self.channels.is_multiple_of(STEP)
+    }
+
+    /// Where the pixel begins that each of the first `count` positions of each plane sees, [`NONE`] where that is padding.
+    pub fn pixels(&self, part: &Part, count: usize) -> Vec<usize> {
+        let mut pixels = vec![NONE; self.planes.len() * count];
+        for (&plane, pixels) in self.planes.iter().zip(pixels.chunks_exact_mut(count)) {
+            let Inside { positions, first } = self.columns_inside(plane[1], self.step[1], self.pitch);
+            for row in 0..self.rows_of_plane(part) {
+                let Some(source) = self.source_row(part, plane, row) else { continue };
+                let start = (source * self.source[1] + first) * self.pixel;
+                let inside = pixels[row * self.pitch..][..self.pitch][positions.clone()].iter_mut();
+                inside.enumerate().for_each(|(i, pixel)| *pixel = start + i * self.step[1] * self.pixel);
+            }
+        }
+        pixels
+    }
+
     /// Positions that are computed.
     pub fn positions(&self, part: &Part) -> usize {
         if part.rows.is_empty() || part.pictures.is_empty() || self.grid[1] == 0 {
@@ -159,7 +195,7 @@ impl Arrangement {
     pub fn chunk_len(&self, part: &Part) -> usize {
         let furthest = self.taps.iter().map(|(_, [y, x])| y * self.pitch + x).max().unwrap_or(0);
         let read = (self.positions(part).next_multiple_of(TILE) + furthest) * self.width + self.steps * STEP;
-        let written = (part.pictures.len() * self.rows(part) + self.shared) * self.pitch * self.width;
+        let written = self.rows_of_plane(part) * self.pitch * self.width;
         read.max(written).next_multiple_of(STEP)
     }
 
@@ -243,20 +279,15 @@ impl Arrangement {
         let out = &mut slices(out)[..];
         let len = self.chunk_len(part);
         let row_len = self.pitch * self.width;
-        let rows = self.rows(part);
         for (i, &plane) in self.planes.iter().enumerate() {
             let inside = match self.merged {
                 true => self.columns_inside(plane[1], 1, row_len / merged_pixel(self.channels)),
                 false => self.columns_inside(plane[1], self.step[1], self.pitch),
             };
-            for row in 0..part.pictures.len() * rows + self.shared {
-                // Where pictures share rows, those are of zeros.
-                let picture = (row / rows).min(part.pictures.len() - 1);
-                let within = (row - picture * rows + part.rows.start) as isize;
-                let y = plane[0] + within * self.step[0] as isize;
-                let source = (0..self.source[0] as isize).contains(&y).then(|| {
-                    let row = (part.pictures.start + picture) * self.source[0] + y as usize;
-                    &x[row * self.source[1] * self.pixel..][..self.source[1] * self.pixel]
+            for row in 0..self.rows_of_plane(part) {
+                let source = self.source_row(part, plane, row).map(|row| {
+                    let row_len = self.source[1] * self.pixel;
+                    &x[row * row_len..][..row_len]
                 });
                 for (j, chunk) in chunks.clone().enumerate() {
                     let at = (i * chunks.len() + j) * len + row * row_len;
@@ -267,7 +298,7 @@ impl Arrangement {
                     }
                 }
             }
-            let written = (part.pictures.len() * rows + self.shared) * row_len;
+            let written = self.rows_of_plane(part) * row_len;
             for j in 0..chunks.len() {
                 let at = (i * chunks.len() + j) * len;
                 zero(simd, out, at + written..at + len);

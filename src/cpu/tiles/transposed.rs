@@ -145,7 +145,10 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let len = arrangement.chunk_len(part);
         let there = arrangement.positions_in(len);
         let pairs = there.div_ceil(2);
-        let mut planes: Parts = super::parts(PARTS, arrangement.planes() * len);
+        // Pixels that are whole steps are paired where they are, others in planes.
+        let directly = T::PER_WORD == 2 && arrangement.takes_whole_pixels();
+        let mut planes: Parts = super::parts(PARTS, if directly { 0 } else { arrangement.planes() * len });
+        let pixels = if directly { arrangement.pixels(part, there) } else { Vec::new() };
         // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
         let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
         let half = pairs * TILE;
@@ -156,10 +159,10 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             (plane * 2 + moved % 2) * 2 * half + moved / 2 * TILE
         };
         let right: Vec<usize> = (0..taps).map(right).collect();
-        let mut versions: Vec<usize> =
-            (0..taps).map(|tap| arrangement.tap(tap)).map(|(p, moved)| 2 * p + moved % 2).collect();
-        versions.sort_unstable();
-        versions.dedup();
+        let mut wanted = vec![[false; 2]; arrangement.planes()];
+        for (plane, moved) in (0..taps).map(|tap| arrangement.tap(tap)) {
+            wanted[plane][moved % 2] = true;
+        }
         let mut tiles = U::new();
         // While a block is multiplied, the sums of the one before it are put in their places, some rows at each step.
         let mut blocks = [Block::default(), Block::default()];
@@ -170,14 +173,30 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             Places { first, row: taps * steps * TILE, columns: self.columns.len(), sums: self.sums.as_mut_ptr() };
         assert_eq!(self.sums.len(), places.columns * places.row);
         for chunk in 0..arrangement.steps_of_tap() {
-            let mut from = 0;
-            if chunk < arrangement.chunks() {
+            // In planes a run of more than a chunk goes on in the same one.
+            let mut first = chunk * STEP;
+            if !directly && chunk < arrangement.chunks() {
                 arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
-            } else {
-                // The run goes on in the same plane.
-                from = chunk * STEP;
+                first = 0;
             }
-            pair(simd, &planes, &mut paired, [len, from, arrangement.width(), there], &versions);
+            if directly {
+                let x: &[bf16] = bytemuck::cast_slice(self.a);
+                let furthest = pixels.iter().filter(|&&pixel| pixel != NONE).max();
+                assert!(furthest.is_none_or(|pixel| pixel + first + STEP <= x.len()), "pixels are inside");
+                // SAFETY: as asserted, and there are as many pixels as positions.
+                let pixel = |at: usize| match unsafe { *pixels.get_unchecked(at) } {
+                    NONE => ZEROS.as_ptr(),
+                    pixel => x.as_ptr().wrapping_add(pixel + first),
+                };
+                pair(simd, (there, AHEAD), |plane, at| pixel(plane * there + at), &mut paired[0], &wanted);
+            } else {
+                let width = arrangement.width();
+                assert!((there - 1) * width + first + STEP <= len, "steps end in their plane");
+                for (planes, paired) in planes.iter().zip(&mut paired) {
+                    let pixel = |plane, at| planes.as_ptr().wrapping_add(plane * len + at * width + first);
+                    pair(simd, (there, 0), pixel, paired, &wanted);
+                }
+            }
             let lefts: [*const bf16; PARTS] = std::array::from_fn(|part| turned[part].as_ptr());
             let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
             for (tap, &right) in right.iter().enumerate() {
@@ -346,38 +365,57 @@ impl Unfinished {
     }
 }
 
-/// Pairs of neighbouring positions of planes of `len` values, `width` from one of their `positions` to the next, and of each 32 values from
-/// `from` on: `[plane][beginning with an even or an odd one][even or odd channels][pair][channel][position of the pair]`. Of the first two
-/// only `versions` are made.
+/// What padding holds.
+static ZEROS: [bf16; STEP] = [bf16::ZERO; STEP];
+
+/// Pairs of neighbouring positions of planes, of so many each; the 32 values of one are at `pixel(plane, position)`. `[plane][beginning
+/// with an even or an odd position][even or odd channels][pair][channel][position of the pair]`; of the pairs of a plane those are made
+/// that are `wanted`, beginning with an even or with an odd one.
 #[inline(always)]
 fn pair<S: Simd>(
     simd: S,
-    planes: &Parts,
-    paired: &mut Parts,
-    [len, from, width, positions]: [usize; 4],
-    versions: &[usize],
+    (positions, ahead): (usize, usize),
+    pixel: impl Fn(usize, usize) -> *const bf16,
+    paired: &mut [bf16],
+    wanted: &[[bool; 2]],
 ) {
     let pairs = positions.div_ceil(2);
-    assert!((positions - 1) * width + from + STEP <= len);
-    for (plane, paired) in planes.iter().zip(paired) {
-        for &version in versions {
-            let (i, odd) = (version / 2, version % 2);
-            assert!(plane.len() >= (i + 1) * len && paired.len() >= (version + 1) * 2 * pairs * TILE);
-            let (from, out) = (plane[i * len + from..].as_ptr(), paired[version * 2 * pairs * TILE..].as_mut_ptr());
-            for j in 0..pairs {
-                // Past the end there is nothing that meets a gradient.
-                let [first, second] = [2 * j + odd, 2 * j + odd + 1].map(|position| position.min(positions - 1));
-                for channel in (0..STEP).step_by(2 * S::LANES) {
-                    // SAFETY: positions that are read are inside the plane, and the pair inside its version, as asserted.
-                    unsafe {
-                        let from = from.add(channel);
-                        let words = simd.pair_rows(from.add(first * width), from.add(second * width));
-                        let out = out.add(j * TILE + channel);
-                        simd.store(out.cast(), words[0]);
-                        simd.store(out.add(pairs * TILE).cast(), words[1]);
-                    }
+    let version = 2 * pairs * TILE;
+    assert!(positions > 0 && paired.len() >= wanted.len() * 2 * version);
+    for (plane, (wanted, paired)) in wanted.iter().zip(paired.chunks_exact_mut(2 * version)).enumerate() {
+        for j in 0..pairs {
+            for at in [2 * j + ahead, 2 * j + ahead + 1].into_iter().filter(|_| ahead > 0) {
+                simd.prefetch_near(pixel(plane, at.min(positions - 1)).cast());
+            }
+            // Past the end there is nothing that meets a gradient.
+            let [first, second, third] =
+                [2 * j, 2 * j + 1, 2 * j + 2].map(|position| pixel(plane, position.min(positions - 1)));
+            // SAFETY: positions' values are there; a pair is inside its version.
+            unsafe {
+                let out = paired.as_mut_ptr().add(j * TILE);
+                if wanted[0] {
+                    pair_two(simd, first, second, out, pairs * TILE);
+                }
+                if wanted[1] {
+                    pair_two(simd, second, third, out.add(version), pairs * TILE);
                 }
             }
+        }
+    }
+}
+
+/// The words of two positions' values, of the even ones to `out` and of the odd ones `half` values further.
+///
+/// # Safety
+/// So many values are there.
+#[inline(always)]
+unsafe fn pair_two<S: Simd>(simd: S, first: *const bf16, second: *const bf16, out: *mut bf16, half: usize) {
+    for channel in (0..STEP).step_by(2 * S::LANES) {
+        // SAFETY: the contract.
+        unsafe {
+            let words = simd.pair_rows(first.add(channel), second.add(channel));
+            simd.store(out.add(channel).cast(), words[0]);
+            simd.store(out.add(half + channel).cast(), words[1]);
         }
     }
 }
