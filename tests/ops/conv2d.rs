@@ -177,6 +177,26 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    /// Enough of them that tiles take them in turn.
+    #[test]
+    fn many_small_pictures(
+        n in 14usize..=36, h in 1usize..=7, w in 1usize..=7, c in prop::sample::select(vec![8, 32, 33, 64]),
+        o in prop::sample::select(vec![5, 32, 40, 64]), k in 1usize..=3, s in 1usize..=2, p in 0usize..=2,
+    ) {
+        prop_assume!(h + 2 * p >= k && w + 2 * p >= k);
+        check(shape([n, h, w, c], [o, k, k], [s, s], [p, p]));
+    }
+}
+
+#[test]
+fn many_pictures_in_strips_of_rows() {
+    // For the product, and for the gradient to the filter.
+    check(shape([17, 7, 7, 512], [8, 3, 3], [1, 1], [1, 1]));
+    check(shape([32, 28, 28, 32], [64, 3, 1], [1, 1], [1, 0]));
+}
+
 #[test]
 fn deep_inner_extents_around_the_depth_block() {
     for c in [127, 128, 129, 255, 256, 257, 385] {

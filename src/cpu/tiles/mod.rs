@@ -9,6 +9,7 @@
 //! [`transposed`] the gradient to the filter.
 
 pub mod amx;
+mod blocks;
 mod filter;
 pub mod multiply;
 mod planes;

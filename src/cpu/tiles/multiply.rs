@@ -16,6 +16,7 @@ use super::super::parallel::for_each;
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
+use super::blocks::Blocks;
 use super::planes::{Arrangement, NONE, Part};
 use super::{HALF, Parts, RIGHT, TileFilter, multiply_parts, parts_of};
 use half::bf16;
@@ -27,6 +28,9 @@ use std::sync::Mutex;
 const RIGHT_STAYS: usize = 5 << 18;
 /// Bytes of a part's planes: few where the right side stays, so that inputs and results do too, else half of L2, for it to be fetched seldom.
 const PLANES: [usize; 2] = [1 << 18, 1 << 20];
+/// Share of the products that pictures in turn may take to be taken so, without a stride and with one. Neighbouring taps then have no lines
+/// of the left side in common, which come from L2 for each; with a stride few do anyway.
+const IN_TURN: [f64; 2] = [0.7, 0.85];
 /// Pieces of a few pictures' work that a thread takes: where another program slows one down, others take more of them.
 const PIECES: usize = 2;
 
@@ -140,7 +144,7 @@ impl Product {
         assert!(epilogue.residual.is_none() && c.len() == rows.len() * gather.grid[1] * b.columns);
         epilogue.check(b.columns, c.len());
         let before = (image * gather.grid[0] + rows.start) * gather.grid[1];
-        let prepared = self.prepare(isa, a, &Part { pictures: image..image + 1, rows }, before);
+        let prepared = self.prepare(isa, a, &Part { pictures: image..image + 1, rows, in_turn: false }, before);
         self.run::<U, T>(isa, &prepared, 0..b.columns.div_ceil(TILE), b, &Output::new(c), epilogue);
     }
 
@@ -149,7 +153,7 @@ impl Product {
         let arrangement = &self.arrangement;
         let mut planes = super::parts(parts_of::<T>(), arrangement.len(part));
         dispatch(isa, Fill { arrangement, x: a, part, planes: &mut planes });
-        Prepared { planes, offsets: arrangement.offsets(part), targets: arrangement.targets(part, before) }
+        Prepared { planes, blocks: Blocks::new(arrangement, part, before) }
     }
 
     fn run<U: Tiles, T: Float>(
@@ -168,16 +172,45 @@ impl Product {
         }
     }
 
+    /// [`Product::jobs`] of many pictures, in turn, where that takes fewer steps and some rows of them fit.
+    fn jobs_in_turn(&self, b: &TileFilter) -> Option<(Vec<Part>, usize)> {
+        let ([height, _], images) = (self.gather.grid, self.gather.images);
+        let groups = images / HALF;
+        if groups == 0 || self.merged.is_some() {
+            return None;
+        }
+        let part = |group: usize, rows: Range<usize>| Part {
+            pictures: group * images / groups..(group + 1) * images / groups,
+            rows,
+            in_turn: true,
+        };
+        let most = if self.arrangement.planes() > 1 { IN_TURN[1] } else { IN_TURN[0] };
+        if self.arrangement.share_in_turn() > most {
+            return None;
+        }
+        let bytes = |rows: usize| self.arrangement.len(&part(groups - 1, 0..rows)) * size_of::<bf16>() * b.parts;
+        let strips = (1..=height).find(|strips| bytes(height.div_ceil(*strips)) <= PLANES[1])?;
+        let parts = (0..groups * strips).map(|i| {
+            let strip = i % strips;
+            part(i / strips, strip * height / strips..(strip + 1) * height / strips)
+        });
+        let pieces = rayon::current_num_threads().div_ceil(groups * strips);
+        Some((parts.collect(), pieces.min(b.columns.div_ceil(TILE))))
+    }
+
     /// How the work is shared: by pictures while their planes fit, by rows where one alone does not, and further where there are fewer such
     /// parts than threads need to end together; and in how many pieces the columns are taken. No result depends on it.
     fn jobs(&self, b: &TileFilter) -> (Vec<Part>, usize) {
+        if let Some(jobs) = self.jobs_in_turn(b) {
+            return jobs;
+        }
         let (images, height) = (self.gather.images, self.gather.grid[0]);
         let panels = b.columns.div_ceil(TILE);
         let threads = rayon::current_num_threads();
         let few = images < 2 * threads;
         let wanted = if few { 2 * threads } else { threads };
         let bytes = |pictures: usize| {
-            let part = Part { pictures: 0..pictures, rows: 0..height };
+            let part = Part { pictures: 0..pictures, rows: 0..height, in_turn: false };
             self.arrangement.len(&part) * size_of::<bf16>() * b.parts
         };
         let planes = PLANES[usize::from(b.bytes() > RIGHT_STAYS)];
@@ -190,8 +223,11 @@ impl Product {
         let strips = strips.clamp(1, height);
         let pieces = if few { (PIECES * threads).div_ceil(groups * strips) } else { 1 };
         let piece = |i: usize, count: usize, of: usize| i * of / count..(i + 1) * of / count;
-        let part =
-            |i: usize| Part { pictures: piece(i / strips, groups, images), rows: piece(i % strips, strips, height) };
+        let part = |i: usize| Part {
+            pictures: piece(i / strips, groups, images),
+            rows: piece(i % strips, strips, height),
+            in_turn: false,
+        };
         ((0..groups * strips).map(part).collect(), pieces.clamp(1, panels))
     }
 }
@@ -199,10 +235,7 @@ impl Product {
 /// A part of the left side.
 struct Prepared {
     planes: Parts,
-    /// Where each step begins for the first position.
-    offsets: Vec<usize>,
-    /// Of each position.
-    targets: Vec<usize>,
+    blocks: Blocks,
 }
 
 /// [`Arrangement::fill`] of all chunks.
@@ -239,34 +272,37 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Prepared { planes, offsets, targets } = self.left;
+        let Prepared { planes, blocks: Blocks { tiles: blocks, targets, steps } } = self.left;
         let width = self.width;
         let left: [*const bf16; PARTS] = std::array::from_fn(|part| planes[part].as_ptr());
-        let furthest = offsets.iter().max().map_or(0, |offset| offset + (targets.len() - 1) * width + STEP);
-        assert!(planes.iter().all(|part| furthest <= part.len()), "tiles lie inside the planes");
-        assert_eq!(offsets.len(), self.b.steps);
+        let furthest = steps.iter().flatten().map(|(offset, _)| offset).max();
+        let last = blocks.iter().flat_map(|(tiles, _)| tiles).max();
+        let end = furthest.zip(last).map_or(0, |(offset, last)| offset + (last + HALF - 1) * width + STEP);
+        assert!(planes.iter().all(|part| end <= part.len()), "tiles lie inside the planes");
+        assert!(steps.iter().flatten().all(|&(_, step)| step < self.b.steps), "as many steps as the right side has");
         let results = Results { epilogue: self.epilogue, c: self.c.pointer(), columns: self.b.columns };
         // While a block is multiplied, the sums of the one before it are finished, some rows at each step.
         let mut sums = [Sums::default(), Sums::default()];
         let [mut now, mut before] = sums.each_mut();
         let mut unfinished = Unfinished::none(simd);
-        let rows = TILE.div_ceil(offsets.len().max(1));
+        let fewest = steps.iter().map(Vec::len).min().unwrap_or(0);
+        let rows = TILE.div_ceil(fewest.max(1));
         let mut tiles = U::new();
         for panel in self.panels.clone() {
             let panel_right = self.b.panel(panel);
-            for (block, targets) in targets.chunks_exact(TILE).enumerate() {
-                let left = left.map(|left| left.wrapping_add(block * TILE * width));
-                let mut right = panel_right.as_ptr();
+            for (&([upper, lower], set), targets) in blocks.iter().zip(targets.chunks_exact(TILE)) {
+                let tiles_of = |left: *const bf16| [upper, lower].map(|tile| left.wrapping_add(tile * width));
+                let (left, right) = (left.map(tiles_of), panel_right.as_ptr());
                 // SAFETY: the left side's tiles lie inside the planes, as asserted, and the right side has as many steps; the sums are
                 // a block's.
                 unsafe {
                     tiles.start(std::ptr::null(), 0);
-                    for &offset in offsets {
-                        let a = left.map(|left| [left.add(offset), left.add(offset + HALF * width)]);
+                    for &(offset, step) in &steps[set] {
+                        let a = left.map(|[upper, lower]| [upper.add(offset), lower.add(offset)]);
+                        let right = right.add(step * PARTS * RIGHT);
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
                         multiply_parts(&mut tiles, a, width, b);
-                        right = right.add(PARTS * RIGHT);
                         unfinished.finish(simd, results, rows);
                     }
                     // Where there are no steps.

@@ -5,13 +5,14 @@
 //! in which neighbouring outputs see neighbouring pixels whatever the stride, rows follow each other without a gap, and the padding is
 //! written out; then the tile of any tap is the tile of the first one, moved. Positions that belong to no output, at the ends of rows, are
 //! computed and dropped. A copy costs one pass over the input, packing the patches would cost one for each tap.
+//!
+//! Many small pictures lie in turn: a position of each, then the next of each ([`Part::in_turn`]).
 
-use super::super::float::{Float, split};
+mod fill;
+
 use super::super::gather::Gather;
-use super::super::simd::Simd;
 use super::amx::{STEP, TILE};
-use super::{Parts, slices};
-use half::bf16;
+pub(super) use fill::copy_step;
 use std::ops::Range;
 
 /// Pixels from one that is copied to one that is asked for.
@@ -53,6 +54,21 @@ pub(super) struct Arrangement {
 pub(super) struct Part {
     pub pictures: Range<usize>,
     pub rows: Range<usize>,
+    /// Whether a position of all pictures follows one of all, instead of a picture a picture: then 16 pictures at one place are a tile, none
+    /// of which lies between rows, and at an edge all of which see padding at once.
+    pub in_turn: bool,
+}
+
+impl Part {
+    /// Pictures that lie one after the other.
+    fn stacked(&self) -> usize {
+        if self.in_turn { 1 } else { self.pictures.len() }
+    }
+
+    /// Pictures whose positions lie in turn.
+    pub fn together(&self) -> usize {
+        if self.in_turn { self.pictures.len() } else { 1 }
+    }
 }
 
 impl Arrangement {
@@ -149,18 +165,18 @@ impl Arrangement {
 
     /// Rows of a plane that are filled.
     fn rows_of_plane(&self, part: &Part) -> usize {
-        part.pictures.len() * self.rows(part) + self.shared
+        part.stacked() * self.rows(part) + self.shared
     }
 
-    /// The row of the source, of those of all pictures, that one of a plane sees, if it is not padding.
-    fn source_row(&self, part: &Part, plane: [isize; 2], row: usize) -> Option<usize> {
+    /// The row of the source, of those of all pictures, that one of a plane sees, if it is not padding; of picture `i` of those in turn.
+    fn source_row(&self, part: &Part, plane: [isize; 2], row: usize, i: usize) -> Option<usize> {
         let rows = self.rows(part);
         // Where pictures share rows, those are of zeros.
-        let picture = (row / rows).min(part.pictures.len() - 1);
+        let picture = (row / rows).min(part.stacked() - 1);
         let within = (row - picture * rows + part.rows.start) as isize;
         let y = plane[0] + within * self.step[0] as isize;
         let inside = (0..self.source[0] as isize).contains(&y);
-        inside.then(|| (part.pictures.start + picture) * self.source[0] + y as usize)
+        inside.then(|| (part.pictures.start + picture + i) * self.source[0] + y as usize)
     }
 
     /// Whether every position is a pixel of whole steps.
@@ -171,12 +187,16 @@ impl Arrangement {
     /// Where the pixel begins that each of the first `count` positions of each plane sees, [`NONE`] where that is padding.
     pub fn pixels(&self, part: &Part, count: usize) -> Vec<usize> {
         let mut pixels = vec![NONE; self.planes.len() * count];
+        let together = part.together();
         for (&plane, pixels) in self.planes.iter().zip(pixels.chunks_exact_mut(count)) {
             let Inside { positions, first } = self.columns_inside(plane[1], self.step[1], self.pitch);
-            for row in 0..self.rows_of_plane(part) {
-                let Some(source) = self.source_row(part, plane, row) else { continue };
+            for (row, turn) in (0..self.rows_of_plane(part)).flat_map(|row| (0..together).map(move |turn| (row, turn)))
+            {
+                let Some(source) = self.source_row(part, plane, row, turn) else { continue };
                 let start = (source * self.source[1] + first) * self.pixel;
-                let inside = pixels[row * self.pitch..][..self.pitch][positions.clone()].iter_mut();
+                let row = &mut pixels[row * self.pitch * together..][..self.pitch * together];
+                let inside =
+                    row[positions.start * together + turn..].iter_mut().step_by(together).take(positions.len());
                 inside.enumerate().for_each(|(i, pixel)| *pixel = start + i * self.step[1] * self.pixel);
             }
         }
@@ -188,14 +208,14 @@ impl Arrangement {
         if part.rows.is_empty() || part.pictures.is_empty() || self.grid[1] == 0 {
             return 0;
         }
-        ((part.pictures.len() - 1) * self.rows(part) + part.rows.len() - 1) * self.pitch + self.grid[1]
+        (((part.stacked() - 1) * self.rows(part) + part.rows.len() - 1) * self.pitch + self.grid[1]) * part.together()
     }
 
-    /// Values of a chunk of a plane, with room for whole tiles.
+    /// Values of a chunk of a plane, with room for a whole tile from any output on.
     pub fn chunk_len(&self, part: &Part) -> usize {
-        let furthest = self.taps.iter().map(|(_, [y, x])| y * self.pitch + x).max().unwrap_or(0);
-        let read = (self.positions(part).next_multiple_of(TILE) + furthest) * self.width + self.steps * STEP;
-        let written = self.rows_of_plane(part) * self.pitch * self.width;
+        let furthest = self.taps.iter().map(|(_, [y, x])| y * self.pitch + x).max().unwrap_or(0) * part.together();
+        let read = ((self.positions(part) + STEP).next_multiple_of(TILE) + furthest) * self.width + self.steps * STEP;
+        let written = self.rows_of_plane(part) * self.pitch * part.together() * self.width;
         read.max(written).next_multiple_of(STEP)
     }
 
@@ -236,9 +256,9 @@ impl Arrangement {
     }
 
     /// The plane of a tap, and how many positions after an output's own that tap's is.
-    pub fn tap(&self, tap: usize) -> (usize, usize) {
+    pub fn tap(&self, tap: usize, part: &Part) -> (usize, usize) {
         let (plane, [y, x]) = self.taps[tap];
-        (plane, y * self.pitch + x)
+        (plane, (y * self.pitch + x) * part.together())
     }
 
     /// Where each step of the depth begins for the first position: by chunks, then by taps, so that what one tap reads the next finds
@@ -246,7 +266,7 @@ impl Arrangement {
     pub fn offsets(&self, part: &Part) -> Vec<usize> {
         let len = self.chunk_len(part);
         let at = |chunk: usize, tap: usize, step: usize| {
-            let (plane, moved) = self.tap(tap);
+            let (plane, moved) = self.tap(tap, part);
             (plane * self.chunks + chunk) * len + moved * self.width + step * STEP
         };
         let taps = 0..self.taps.len();
@@ -261,10 +281,12 @@ impl Arrangement {
         let mut targets = vec![NONE; self.positions(part).next_multiple_of(TILE)];
         let ([y0, x0], [sy, sx]) = (self.target_start, self.target_step);
         for (i, picture) in part.pictures.clone().enumerate() {
+            let (stacked, turn) = if part.in_turn { (0, i) } else { (i, 0) };
             for (j, row) in part.rows.clone().enumerate() {
-                let first = (i * self.rows(part) + j) * self.pitch;
+                let first = (stacked * self.rows(part) + j) * self.pitch * part.together() + turn;
                 let target = (picture * self.target[0] + y0 + row * sy) * self.target[1] + x0 - before;
-                for (x, position) in targets[first..][..self.grid[1]].iter_mut().enumerate() {
+                let positions = targets[first..].iter_mut().step_by(part.together()).take(self.grid[1]);
+                for (x, position) in positions.enumerate() {
                     *position = target + x * sx;
                 }
             }
@@ -272,137 +294,51 @@ impl Arrangement {
         targets
     }
 
-    /// Some chunks of the planes of a part of `x`, split, to `out`, where they lie as [`Arrangement::offsets`] has it for
-    /// that many chunks.
-    #[inline(always)]
-    pub fn fill<S: Simd, T: Float>(&self, simd: S, x: &[T], part: &Part, chunks: Range<usize>, out: &mut Parts) {
-        let out = &mut slices(out)[..];
-        let len = self.chunk_len(part);
-        let row_len = self.pitch * self.width;
-        for (i, &plane) in self.planes.iter().enumerate() {
-            let inside = match self.merged {
-                true => self.columns_inside(plane[1], 1, row_len / merged_pixel(self.channels)),
-                false => self.columns_inside(plane[1], self.step[1], self.pitch),
-            };
-            for row in 0..self.rows_of_plane(part) {
-                let source = self.source_row(part, plane, row).map(|row| {
-                    let row_len = self.source[1] * self.pixel;
-                    &x[row * row_len..][..row_len]
-                });
-                for (j, chunk) in chunks.clone().enumerate() {
-                    let at = (i * chunks.len() + j) * len + row * row_len;
-                    match source {
-                        None => zero(simd, out, at..at + row_len),
-                        Some(source) if self.merged => self.fill_merged(simd, source, &inside, at, out),
-                        Some(source) => self.fill_row(simd, source, &inside, chunk, at, out),
-                    }
+    /// Where the rows of outputs begin, with the row of the grid of each, and how many positions they are.
+    pub fn rows_of_outputs(&self, part: &Part) -> (impl Iterator<Item = (usize, usize)>, usize) {
+        let (rows, row_len) = (self.rows(part), self.pitch * part.together());
+        let within = part.rows.clone().enumerate();
+        let starts =
+            (0..part.stacked()).flat_map(move |i| within.clone().map(move |(j, row)| ((i * rows + j) * row_len, row)));
+        (starts, self.grid[1] * part.together())
+    }
+
+    /// Positions of a row of a plane.
+    pub fn row_len(&self, part: &Part) -> usize {
+        self.pitch * part.together()
+    }
+
+    /// Taps as bits, by row of the grid and by column: those that see the source from there, if it is inside in the other direction. None
+    /// are told apart where taps are rows or there are more of them than bits.
+    pub fn seen(&self) -> [Vec<u64>; 2] {
+        std::array::from_fn(|axis| {
+            let sees = |at: usize| {
+                if self.merged || self.taps.len() > u64::BITS as usize {
+                    return u64::MAX;
                 }
-            }
-            let written = self.rows_of_plane(part) * row_len;
-            for j in 0..chunks.len() {
-                let at = (i * chunks.len() + j) * len;
-                zero(simd, out, at + written..at + len);
-            }
-        }
-    }
-
-    /// A chunk of a row's pixels.
-    #[inline(always)]
-    fn fill_row<S: Simd, T: Float>(
-        &self,
-        simd: S,
-        source: &[T],
-        inside: &Inside,
-        chunk: usize,
-        at: usize,
-        out: &mut [&mut [bf16]],
-    ) {
-        let Inside { positions, first } = inside;
-        zero(simd, out, at..at + positions.start * STEP);
-        zero(simd, out, at + positions.end * STEP..at + self.pitch * STEP);
-        if positions.is_empty() {
-            return;
-        }
-        let (step, channel) = (self.step[1] * self.pixel, chunk * STEP);
-        let count = (self.channels - channel).min(STEP);
-        let source = &source[first * self.pixel + channel..];
-        assert!(source.len() >= (positions.len() - 1) * step + count);
-        for (i, position) in positions.clone().enumerate() {
-            let at = at + position * STEP;
-            if count == STEP {
-                // SAFETY: the last position's values are inside the row, as asserted.
-                let values = unsafe { &*source.as_ptr().add(i * step).cast::<[T; STEP]>() };
-                simd.prefetch_near(values.as_ptr().wrapping_add(AHEAD * step).cast());
-                copy_step(simd, values, at, out);
-            } else {
-                split(simd, &source[i * step..][..count], at, out);
-                out.iter_mut().for_each(|part| part[at + count..at + STEP].fill(bf16::ZERO));
-            }
-        }
-    }
-
-    /// A row's pixels, each widened to whole words by zeros.
-    #[inline(always)]
-    fn fill_merged<S: Simd, T: Float>(
-        &self,
-        simd: S,
-        source: &[T],
-        inside: &Inside,
-        at: usize,
-        out: &mut [&mut [bf16]],
-    ) {
-        let pixel = merged_pixel(self.channels);
-        let count = self.pitch * self.width / pixel;
-        let Range { start: first, end: last } = inside.positions.clone();
-        zero(simd, out, at..at + count * pixel);
-        if first == last {
-            return;
-        }
-        let values = &source[inside.first * self.pixel..][..(last - first) * self.pixel];
-        if T::PER_WORD == 2 {
-            return self.spread(simd, bytemuck::cast_slice(values), &mut out[0][at + first * pixel..at + last * pixel]);
-        }
-        let mut narrow: Parts = super::parts(out.len(), values.len());
-        split(simd, values, 0, &mut slices(&mut narrow));
-        for (out, narrow) in out.iter_mut().zip(&narrow) {
-            self.spread(simd, narrow, &mut out[at + first * pixel..at + last * pixel]);
-        }
-    }
-
-    /// Pixels, one after the other, to their places among zeros.
-    #[inline(always)]
-    fn spread<S: Simd>(&self, simd: S, pixels: &[bf16], out: &mut [bf16]) {
-        let mut done = 0;
-        if self.channels == 3 && self.pixel == 3 {
-            // As long as as many values as pixels are spread to can be read.
-            while 3 * done + 2 * S::LANES <= pixels.len() {
-                let (from, to) = (&pixels[3 * done..][..2 * S::LANES], &mut out[4 * done..][..2 * S::LANES]);
-                // SAFETY: as many values are there.
-                unsafe { simd.spread_pixels(from.as_ptr(), to.as_mut_ptr()) };
-                done += S::LANES / 2;
-            }
-        }
-        let (out, pixels) = (&mut out[done * merged_pixel(self.channels)..], &pixels[done * self.pixel..]);
-        for (out, values) in out.chunks_exact_mut(merged_pixel(self.channels)).zip(pixels.chunks_exact(self.pixel)) {
-            out[..self.channels].copy_from_slice(&values[..self.channels]);
-        }
-    }
-}
-
-/// Values of a step to `out[..][at..]`, split.
-#[inline(always)]
-pub(super) fn copy_step<S: Simd, T: Float>(simd: S, values: &[T; STEP], at: usize, out: &mut [&mut [bf16]]) {
-    if T::PER_WORD == 2 {
-        // As they are.
-        let to = &mut out[0][at..at + STEP];
-        for i in (0..STEP / 2).step_by(S::LANES) {
-            // SAFETY: either side is as many words.
-            unsafe {
-                simd.store(to.as_mut_ptr().cast::<f32>().add(i), simd.load(values.as_ptr().cast::<f32>().add(i)))
+                let inside = |(plane, place): &(usize, [usize; 2])| {
+                    let at = self.planes[*plane][axis] + ((at + place[axis]) * self.step[axis]) as isize;
+                    (0..self.source[axis] as isize).contains(&at)
+                };
+                self.taps.iter().enumerate().fold(0, |seen, (i, tap)| seen | u64::from(inside(tap)) << i)
             };
-        }
-    } else {
-        split(simd, values, at, out);
+            (0..self.grid[axis]).map(sees).collect()
+        })
+    }
+
+    /// What share of the products of whole pictures are left when none is of positions between rows and of padding.
+    pub fn share_in_turn(&self) -> f64 {
+        let seen = self.seen();
+        let within = |tap: usize, axis: usize| seen[axis].iter().filter(|&taps| taps >> tap & 1 == 1).count();
+        let taps = self.taps.len().min(u64::BITS as usize);
+        let needed: usize = (0..taps).map(|tap| within(tap, 0) * within(tap, 1)).sum();
+        let all = taps * (self.grid[0] + self.span - self.shared) * self.pitch;
+        needed as f64 / all as f64
+    }
+
+    /// Number of taps.
+    pub fn taps(&self) -> usize {
+        self.taps.len()
     }
 }
 
@@ -428,20 +364,5 @@ impl Arrangement {
         let up_to = |end: isize| ((end - column).max(0) as usize).div_ceil(step).min(count);
         let (first, last) = (up_to(0), up_to(self.source[1] as isize));
         Inside { positions: first..last.max(first), first: (column + (first * step) as isize).max(0) as usize }
-    }
-}
-
-/// What is shorter than a step is filled by itself.
-#[inline(always)]
-fn zero<S: Simd>(simd: S, parts: &mut [&mut [bf16]], range: Range<usize>) {
-    for part in parts {
-        let (steps, rest) = part[range.clone()].as_chunks_mut::<STEP>();
-        for step in steps {
-            for i in (0..STEP / 2).step_by(S::LANES) {
-                // SAFETY: a step is so many words.
-                unsafe { simd.store(step.as_mut_ptr().cast::<f32>().add(i), simd.splat(0.0)) };
-            }
-        }
-        rest.fill(bf16::ZERO);
     }
 }

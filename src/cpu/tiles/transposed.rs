@@ -8,9 +8,13 @@
 //!
 //! A task takes some output channels and some pictures. It turns their gradients and then, 32 input channels at a time,
 //! pairs the input and multiplies: for each tap and 32 output channels over all positions, so that sums are stored once. Where its
-//! operands would not fit L2 it takes the pictures in slices, or each of them in strips of rows.
+//! operands would not fit L2 it takes the pictures in slices, or in strips of rows. An even number of pictures in turn needs the even pairs
+//! alone, and steps that see nothing but padding are left out.
 //!
 //! Of few channels the pixels under a row of the filter are one run of the plane: positions overlap, and a tap is a row.
+
+mod pairs;
+mod places;
 
 use super::super::conv::OutputGradient;
 use super::super::elementwise;
@@ -19,9 +23,11 @@ use super::super::gather::Gather;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
 use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
-use super::{HALF, Parts, multiply_parts, parts_of, slices};
+use super::{HALF, Parts, blocks, multiply_parts, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
+use pairs::{ZEROS, pair};
+use places::{Block, Places, Unfinished};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -32,6 +38,11 @@ const COLUMNS: usize = 128;
 const TASKS: usize = 4;
 /// Bytes of a slice's operands: half of an L2 of 2 MiB.
 const SLICE: usize = 1 << 20;
+/// Pictures in turn, at least: fewer leave as many positions between rows.
+const FEWEST_IN_TURN: usize = 4;
+/// Strips of pictures in turn, at most, and rows of each, at least: those around a strip are paired for it, too.
+const MOST_STRIPS: usize = 2;
+const FEWEST_ROWS: usize = 5;
 
 /// Most output channels whose gradients each task can make for itself: of more, several tasks take the same pictures.
 pub const MADE_COLUMNS: usize = COLUMNS;
@@ -117,16 +128,11 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let (count, [height, _]) = (parts_of::<T>(), self.gather.grid);
-        // What a position takes: the gradients, and two versions of 32 channels.
-        let position = (self.columns.len() + 2 * TILE) * count * size_of::<bf16>();
-        let picture = position * self.arrangement.positions(&Part { pictures: 0..1, rows: 0..height });
-        let pictures = self.pictures.len();
-        let slices = pictures.div_ceil((SLICE / picture).clamp(1, pictures));
-        let strips = if slices < pictures { 1 } else { picture.div_ceil(SLICE).min(height) };
+        let (slices, strips, in_turn) = self.shares(count);
+        let (start, pictures) = (self.pictures.start, self.pictures.len());
         for (slice, strip) in (0..slices).flat_map(|slice| (0..strips).map(move |strip| (slice, strip))) {
-            let of = |i: usize| self.pictures.start + i * pictures / slices;
-            let pictures = of(slice)..of(slice + 1);
-            let part = Part { pictures, rows: strip * height / strips..(strip + 1) * height / strips };
+            let pictures = start + slice * pictures / slices..start + (slice + 1) * pictures / slices;
+            let part = Part { pictures, rows: strip * height / strips..(strip + 1) * height / strips, in_turn };
             let first = slice == 0 && strip == 0;
             match count {
                 1 => self.slice::<S, 1>(simd, &part, first),
@@ -137,38 +143,67 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
 }
 
 impl<U: Tiles, T: Float> Sum<'_, U, T> {
+    /// Whether pixels are paired where they are, for they are whole steps; others are in planes.
+    fn takes_pixels(&self) -> bool {
+        T::PER_WORD == 2 && self.arrangement.takes_whole_pixels()
+    }
+
+    /// In how many slices the pictures are taken, and each of these in how many strips, for operands to fit; and whether pictures are taken in
+    /// turn: then taps see even positions alone, and few positions are between rows.
+    fn shares(&self, count: usize) -> (usize, usize, bool) {
+        let ([height, _], pictures) = (self.gather.grid, self.pictures.len());
+        // What a position takes: the gradients, and versions of 32 channels.
+        let position = |versions: usize| (self.columns.len() + versions * TILE) * count * size_of::<bf16>();
+        let bytes = |pictures: usize, in_turn: bool, versions: usize| {
+            position(versions) * self.arrangement.positions(&Part { pictures: 0..pictures, rows: 0..height, in_turn })
+        };
+        // Gradients that are made are made of whole pictures.
+        if self.takes_pixels() && matches!(self.b, OutputGradient::There(_)) {
+            for slices in (1..=pictures / FEWEST_IN_TURN).filter(|&slices| pictures.is_multiple_of(2 * slices)) {
+                let strips = bytes(pictures / slices, true, self.arrangement.planes()).div_ceil(SLICE);
+                if strips == 1 || strips <= MOST_STRIPS && height >= FEWEST_ROWS * strips {
+                    return (slices, strips, true);
+                }
+            }
+        }
+        let picture = bytes(1, false, 2);
+        let slices = pictures.div_ceil((SLICE / picture).clamp(1, pictures));
+        (slices, if slices < pictures { 1 } else { picture.div_ceil(SLICE).min(height) }, false)
+    }
+
     #[inline(always)]
     fn slice<S: Simd, const PARTS: usize>(&mut self, simd: S, part: &Part, first: bool) {
         let (arrangement, taps) = (self.arrangement, self.taps);
-        let positions = arrangement.positions(part).next_multiple_of(STEP);
-        let turned = self.turn_gradients(simd, part, PARTS);
+        let depth = blocks::depth(arrangement, part);
+        let turned = self.turn_gradients(simd, part, &depth, PARTS);
         let len = arrangement.chunk_len(part);
         let there = arrangement.positions_in(len);
         let pairs = there.div_ceil(2);
-        // Pixels that are whole steps are paired where they are, others in planes.
-        let directly = T::PER_WORD == 2 && arrangement.takes_whole_pixels();
+        let directly = self.takes_pixels();
         let mut planes: Parts = super::parts(PARTS, if directly { 0 } else { arrangement.planes() * len });
         let pixels = if directly { arrangement.pixels(part, there) } else { Vec::new() };
         // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
         let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
         let half = pairs * TILE;
-        let right = |tap: usize| {
-            let (plane, moved) = arrangement.tap(tap);
-            // Steps begin at even positions.
-            assert!(moved / 2 + positions / 2 <= pairs, "runs of pairs end inside the plane");
-            (plane * 2 + moved % 2) * 2 * half + moved / 2 * TILE
-        };
-        let right: Vec<usize> = (0..taps).map(right).collect();
         let mut wanted = vec![[false; 2]; arrangement.planes()];
-        for (plane, moved) in (0..taps).map(|tap| arrangement.tap(tap)) {
+        // Of each tap where the right side begins, and the steps in which it sees something, with how much further they are.
+        let right = |tap: usize| {
+            let (plane, moved) = arrangement.tap(tap, part);
             wanted[plane][moved % 2] = true;
-        }
+            let steps = depth.iter().enumerate().filter(|(_, positions)| positions.sees(tap));
+            let steps: Vec<_> = steps.map(|(step, positions)| (step, positions.start / 2 * TILE)).collect();
+            let furthest = steps.iter().map(|(_, further)| further / TILE).max().unwrap_or(0);
+            assert!(moved / 2 + furthest + HALF <= pairs, "runs of pairs end inside the plane");
+            ((plane * 2 + moved % 2) * 2 * half + moved / 2 * TILE, steps)
+        };
+        let right: Vec<_> = (0..taps).map(right).collect();
         let mut tiles = U::new();
         // While a block is multiplied, the sums of the one before it are put in their places, some rows at each step.
         let mut blocks = [Block::default(), Block::default()];
         let [mut now, mut before] = blocks.each_mut();
         let (steps, mut unfinished) = (arrangement.steps_of_tap(), Unfinished::default());
-        let rows = TILE.div_ceil(positions / STEP);
+        let fewest = right.iter().map(|(_, steps)| steps.len()).min().unwrap_or(0);
+        let rows = TILE.div_ceil(fewest.max(1));
         let places =
             Places { first, row: taps * steps * TILE, columns: self.columns.len(), sums: self.sums.as_mut_ptr() };
         assert_eq!(self.sums.len(), places.columns * places.row);
@@ -188,7 +223,13 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                     NONE => ZEROS.as_ptr(),
                     pixel => x.as_ptr().wrapping_add(pixel + first),
                 };
-                pair(simd, (there, AHEAD), |plane, at| pixel(plane * there + at), &mut paired[0], &wanted);
+                pair(
+                    simd,
+                    (there, AHEAD * part.together()),
+                    |plane, at| pixel(plane * there + at),
+                    &mut paired[0],
+                    &wanted,
+                );
             } else {
                 let width = arrangement.width();
                 assert!((there - 1) * width + first + STEP <= len, "steps end in their plane");
@@ -199,21 +240,23 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             }
             let lefts: [*const bf16; PARTS] = std::array::from_fn(|part| turned[part].as_ptr());
             let rights: [*const bf16; PARTS] = std::array::from_fn(|part| paired[part].as_ptr());
-            for (tap, &right) in right.iter().enumerate() {
+            for (tap, (right, steps_of_tap)) in right.iter().enumerate() {
                 for group in 0..self.columns.len().div_ceil(TILE) {
                     // SAFETY: the left side's tiles lie one after the other in `turned`, those of the right side in `paired`, as
                     // asserted for each tap; the places of a block's sums are inside `self.sums`.
                     unsafe {
                         tiles.start(std::ptr::null(), 0);
-                        for step in 0..positions / STEP {
-                            let left = (2 * group * positions / STEP + step) * HALF * STEP;
-                            let lower = left + positions * HALF;
-                            let right = right + step * HALF * TILE;
+                        for &(step, further) in steps_of_tap {
+                            let left = (2 * group * depth.len() + step) * HALF * STEP;
+                            let lower = left + depth.len() * HALF * STEP;
+                            let right = right + further;
                             let a = lefts.map(|part| [part.add(left), part.add(lower)]);
                             let b = rights.map(|part| [part.add(right), part.add(right + half)]);
                             multiply_parts(&mut tiles, a, STEP, b);
                             unfinished.finish(simd, before, &places, rows);
                         }
+                        // Where there are few steps.
+                        unfinished.finish(simd, before, &places, TILE);
                         tiles.finish(now.0.as_mut_ptr().cast(), TILE);
                     }
                     std::mem::swap(&mut now, &mut before);
@@ -227,19 +270,19 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
 
     /// [`Sum::turn`] of the gradients of a part, which follow one another.
     #[inline(always)]
-    fn turn_gradients<S: Simd>(&self, simd: S, part: &Part, count: usize) -> Parts {
+    fn turn_gradients<S: Simd>(&self, simd: S, part: &Part, depth: &[blocks::Tile], count: usize) -> Parts {
         let ([height, columns], pictures) = (self.gather.grid, &part.pictures);
         let start = pictures.start * height + part.rows.start;
         let rows = start..start + (pictures.len() - 1) * height + part.rows.len();
         let row_len = columns * self.width;
         match self.b {
             OutputGradient::There(b) => {
-                self.turn(simd, part, &b[rows.start * row_len..rows.end * row_len], start * columns, count)
+                self.turn(simd, part, depth, &b[rows.start * row_len..rows.end * row_len], start * columns, count)
             }
             OutputGradient::Made(make) => {
                 let mut made = Scratch::take(rows.len() * row_len);
                 make(rows, &mut made);
-                self.turn(simd, part, &made, start * columns, count)
+                self.turn(simd, part, depth, &made, start * columns, count)
             }
         }
     }
@@ -247,8 +290,17 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
     /// The gradients `b` of the columns, `[16 columns][32 positions][column][position]`, zero where there is no output; `before` positions
     /// come before them.
     #[inline(always)]
-    fn turn<S: Simd>(&self, simd: S, part: &Part, b: &[T], before: usize, count: usize) -> Parts {
-        let targets = self.arrangement.targets(part, before);
+    fn turn<S: Simd>(
+        &self,
+        simd: S,
+        part: &Part,
+        depth: &[blocks::Tile],
+        b: &[T],
+        before: usize,
+        count: usize,
+    ) -> Parts {
+        let of_positions = self.arrangement.targets(part, before);
+        let targets: Vec<usize> = depth.iter().flat_map(|tile| tile.targets(&of_positions, STEP)).collect();
         let (groups, steps) = (self.columns.len().div_ceil(TILE), targets.len() / STEP);
         let mut parts: Parts = super::parts(count, groups * 2 * HALF * targets.len());
         let turned = &mut slices(&mut parts)[..];
@@ -301,121 +353,6 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         } else {
             split(simd, row, at, rows);
             rows.iter_mut().for_each(|part| part[at + row.len()..at + TILE].fill(bf16::ZERO));
-        }
-    }
-}
-
-/// The sums of 32 columns and a step, the even ones first on either side.
-#[derive(Default)]
-#[repr(align(64))]
-struct Block([[f32; TILE]; TILE]);
-
-/// Where sums go.
-struct Places {
-    /// Whether they are the first, or are added to what is there.
-    first: bool,
-    columns: usize,
-    /// Values from one column to the next.
-    row: usize,
-    sums: *mut f32,
-}
-
-/// Rows of a block, of a column each, that are not in their places.
-struct Unfinished {
-    row: usize,
-    /// The block's 32 columns.
-    group: usize,
-    /// Where in its columns it begins.
-    at: usize,
-}
-
-impl Default for Unfinished {
-    fn default() -> Self {
-        Unfinished { row: TILE, group: 0, at: 0 }
-    }
-}
-
-impl Unfinished {
-    /// Puts some rows in their places, as far as there are.
-    ///
-    /// # Safety
-    /// The places are valid, and nobody else's.
-    #[inline(always)]
-    unsafe fn finish<S: Simd>(&mut self, simd: S, block: &Block, places: &Places, rows: usize) {
-        let end = TILE.min(self.row + rows);
-        for row in std::mem::replace(&mut self.row, end)..end {
-            let column = self.group * TILE + row % HALF * 2 + row / HALF;
-            if column >= places.columns {
-                continue;
-            }
-            let (even, odd) = block.0[row].split_at(HALF);
-            for i in (0..HALF).step_by(S::LANES) {
-                // SAFETY: a vector from `i` on is in either half; the contract.
-                unsafe {
-                    let mut sums = simd.interleave(simd.load(even.as_ptr().add(i)), simd.load(odd.as_ptr().add(i)));
-                    let to = places.sums.add(column * places.row + self.at + 2 * i);
-                    if !places.first {
-                        sums = [simd.add(simd.load(to), sums[0]), simd.add(simd.load(to.add(S::LANES)), sums[1])];
-                    }
-                    simd.store(to, sums[0]);
-                    simd.store(to.add(S::LANES), sums[1]);
-                }
-            }
-        }
-    }
-}
-
-/// What padding holds.
-static ZEROS: [bf16; STEP] = [bf16::ZERO; STEP];
-
-/// Pairs of neighbouring positions of planes, of so many each; the 32 values of one are at `pixel(plane, position)`. `[plane][beginning
-/// with an even or an odd position][even or odd channels][pair][channel][position of the pair]`; of the pairs of a plane those are made
-/// that are `wanted`, beginning with an even or with an odd one.
-#[inline(always)]
-fn pair<S: Simd>(
-    simd: S,
-    (positions, ahead): (usize, usize),
-    pixel: impl Fn(usize, usize) -> *const bf16,
-    paired: &mut [bf16],
-    wanted: &[[bool; 2]],
-) {
-    let pairs = positions.div_ceil(2);
-    let version = 2 * pairs * TILE;
-    assert!(positions > 0 && paired.len() >= wanted.len() * 2 * version);
-    for (plane, (wanted, paired)) in wanted.iter().zip(paired.chunks_exact_mut(2 * version)).enumerate() {
-        for j in 0..pairs {
-            for at in [2 * j + ahead, 2 * j + ahead + 1].into_iter().filter(|_| ahead > 0) {
-                simd.prefetch_near(pixel(plane, at.min(positions - 1)).cast());
-            }
-            // Past the end there is nothing that meets a gradient.
-            let [first, second, third] =
-                [2 * j, 2 * j + 1, 2 * j + 2].map(|position| pixel(plane, position.min(positions - 1)));
-            // SAFETY: positions' values are there; a pair is inside its version.
-            unsafe {
-                let out = paired.as_mut_ptr().add(j * TILE);
-                if wanted[0] {
-                    pair_two(simd, first, second, out, pairs * TILE);
-                }
-                if wanted[1] {
-                    pair_two(simd, second, third, out.add(version), pairs * TILE);
-                }
-            }
-        }
-    }
-}
-
-/// The words of two positions' values, of the even ones to `out` and of the odd ones `half` values further.
-///
-/// # Safety
-/// So many values are there.
-#[inline(always)]
-unsafe fn pair_two<S: Simd>(simd: S, first: *const bf16, second: *const bf16, out: *mut bf16, half: usize) {
-    for channel in (0..STEP).step_by(2 * S::LANES) {
-        // SAFETY: the contract.
-        unsafe {
-            let words = simd.pair_rows(first.add(channel), second.add(channel));
-            simd.store(out.add(channel).cast(), words[0]);
-            simd.store(out.add(half + channel).cast(), words[1]);
         }
     }
 }

@@ -1,0 +1,65 @@
+//! Sums of blocks, put in order and in their places in the gradient.
+
+use super::super::super::simd::Simd;
+use super::super::HALF;
+use super::super::amx::TILE;
+
+/// The sums of 32 columns and a step, the even ones first on either side.
+#[derive(Default)]
+#[repr(align(64))]
+pub(super) struct Block(pub(super) [[f32; TILE]; TILE]);
+
+/// Where sums go.
+pub(super) struct Places {
+    /// Whether they are the first, or are added to what is there.
+    pub(super) first: bool,
+    pub(super) columns: usize,
+    /// Values from one column to the next.
+    pub(super) row: usize,
+    pub(super) sums: *mut f32,
+}
+
+/// Rows of a block, of a column each, that are not in their places.
+pub(super) struct Unfinished {
+    pub(super) row: usize,
+    /// The block's 32 columns.
+    pub(super) group: usize,
+    /// Where in its columns it begins.
+    pub(super) at: usize,
+}
+
+impl Default for Unfinished {
+    fn default() -> Self {
+        Unfinished { row: TILE, group: 0, at: 0 }
+    }
+}
+
+impl Unfinished {
+    /// Puts some rows in their places, as far as there are.
+    ///
+    /// # Safety
+    /// The places are valid, and nobody else's.
+    #[inline(always)]
+    pub(super) unsafe fn finish<S: Simd>(&mut self, simd: S, block: &Block, places: &Places, rows: usize) {
+        let end = TILE.min(self.row + rows);
+        for row in std::mem::replace(&mut self.row, end)..end {
+            let column = self.group * TILE + row % HALF * 2 + row / HALF;
+            if column >= places.columns {
+                continue;
+            }
+            let (even, odd) = block.0[row].split_at(HALF);
+            for i in (0..HALF).step_by(S::LANES) {
+                // SAFETY: a vector from `i` on is in either half; the contract.
+                unsafe {
+                    let mut sums = simd.interleave(simd.load(even.as_ptr().add(i)), simd.load(odd.as_ptr().add(i)));
+                    let to = places.sums.add(column * places.row + self.at + 2 * i);
+                    if !places.first {
+                        sums = [simd.add(simd.load(to), sums[0]), simd.add(simd.load(to.add(S::LANES)), sums[1])];
+                    }
+                    simd.store(to, sums[0]);
+                    simd.store(to.add(S::LANES), sums[1]);
+                }
+            }
+        }
+    }
+}
