@@ -5,6 +5,7 @@
 //! the layer. So whoever shares out a loop looks for its end for a while before it sleeps ([`for_each`]), and during a forward
 //! pass or a training step the other threads look for the next loop ([`on_a_worker`]).
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -18,6 +19,11 @@ const LOOKS: usize = 64;
 /// loop of so many: what it computed in the last one may still be in its cache.
 pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync) {
     share_out(tasks, &work);
+}
+
+/// Piece `i` where so many are shared out in `count` pieces of about the same size.
+pub(super) fn piece(i: usize, count: usize, shared: usize) -> Range<usize> {
+    i * shared / count..(i + 1) * shared / count
 }
 
 /// Calls `work` with every item, as [`for_each`] does with numbers.

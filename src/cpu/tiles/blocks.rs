@@ -29,7 +29,7 @@ pub(super) struct Tile {
 impl Tile {
     /// Whether a tap sees something.
     pub fn sees(&self, tap: usize) -> bool {
-        tap >= u64::BITS as usize || self.taps >> tap & 1 == 1
+        sees(self.taps, tap)
     }
 
     /// The targets of its `len` positions.
@@ -37,6 +37,11 @@ impl Tile {
         let there = of_positions[self.start..of_positions.len().min(self.end)].iter().copied();
         there.chain(std::iter::repeat(NONE)).take(len)
     }
+}
+
+/// Whether a tap is among these, as are all for which there is no bit.
+fn sees(taps: u64, tap: usize) -> bool {
+    tap >= u64::BITS as usize || taps >> tap & 1 == 1
 }
 
 impl Blocks {
@@ -59,12 +64,9 @@ impl Blocks {
             (pair.map(|tile| tile.start), set)
         });
         let tiles = tiles.collect();
-        let (taps, count) = (arrangement.taps(), offsets.len());
-        let steps_of_tap = count / (arrangement.chunks() * taps).max(1);
         let steps_of = |&set: &u64| {
-            let tap = |step: usize| step / steps_of_tap.max(1) % taps;
-            let all = Tile { start: 0, end: 0, taps: set };
-            (0..count).filter(|&step| all.sees(tap(step))).map(|step| (offsets[step], step)).collect()
+            let kept = offsets.iter().enumerate().filter(|(_, (tap, _))| sees(set, *tap));
+            kept.map(|(step, (_, offset))| (*offset, step)).collect()
         };
         let steps = sets.iter().map(steps_of).collect();
         Blocks { tiles, targets, steps }

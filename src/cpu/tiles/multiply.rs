@@ -12,7 +12,7 @@
 use super::super::float::Float;
 use super::super::gather::Gather;
 use super::super::gemm::{Epilogue, Output};
-use super::super::parallel::for_each;
+use super::super::parallel::{for_each, piece};
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
@@ -117,8 +117,7 @@ impl Product {
         let prepared: Vec<Mutex<Option<(usize, Prepared)>>> =
             (0..rayon::current_num_threads()).map(|_| Mutex::new(None)).collect();
         for_each(parts.len() * pieces, |i| {
-            let (part, piece) = (i / pieces, i % pieces);
-            let panels = piece * panels / pieces..(piece + 1) * panels / pieces;
+            let (part, panels) = (i / pieces, piece(i % pieces, pieces, panels));
             let slot = &prepared[rayon::current_thread_index().unwrap_or_default()];
             let mut slot = slot.lock().expect("nobody panics while holding it");
             // Another part's go back to the pool before these are taken from it: they are in this thread's L2.
@@ -179,21 +178,15 @@ impl Product {
         if groups == 0 || self.merged.is_some() {
             return None;
         }
-        let part = |group: usize, rows: Range<usize>| Part {
-            pictures: group * images / groups..(group + 1) * images / groups,
-            rows,
-            in_turn: true,
-        };
+        let part =
+            |group: usize, rows: Range<usize>| Part { pictures: piece(group, groups, images), rows, in_turn: true };
         let most = if self.arrangement.planes() > 1 { IN_TURN[1] } else { IN_TURN[0] };
         if self.arrangement.share_in_turn() > most {
             return None;
         }
         let bytes = |rows: usize| self.arrangement.len(&part(groups - 1, 0..rows)) * size_of::<bf16>() * b.parts;
         let strips = (1..=height).find(|strips| bytes(height.div_ceil(*strips)) <= PLANES[1])?;
-        let parts = (0..groups * strips).map(|i| {
-            let strip = i % strips;
-            part(i / strips, strip * height / strips..(strip + 1) * height / strips)
-        });
+        let parts = (0..groups * strips).map(|i| part(i / strips, piece(i % strips, strips, height)));
         let pieces = rayon::current_num_threads().div_ceil(groups * strips);
         Some((parts.collect(), pieces.min(b.columns.div_ceil(TILE))))
     }
@@ -222,7 +215,6 @@ impl Product {
         let strips = if by_columns || groups < images { strips } else { strips.max(wanted.div_ceil(groups)) };
         let strips = strips.clamp(1, height);
         let pieces = if few { (PIECES * threads).div_ceil(groups * strips) } else { 1 };
-        let piece = |i: usize, count: usize, of: usize| i * of / count..(i + 1) * of / count;
         let part = |i: usize| Part {
             pictures: piece(i / strips, groups, images),
             rows: piece(i % strips, strips, height),

@@ -168,6 +168,12 @@ impl Arrangement {
         part.stacked() * self.rows(part) + self.shared
     }
 
+    /// Those rows, each of all pictures in turn.
+    fn rows_of_pictures(&self, part: &Part) -> impl Iterator<Item = (usize, usize)> {
+        let together = part.together();
+        (0..self.rows_of_plane(part)).flat_map(move |row| (0..together).map(move |turn| (row, turn)))
+    }
+
     /// The row of the source, of those of all pictures, that one of a plane sees, if it is not padding; of picture `i` of those in turn.
     fn source_row(&self, part: &Part, plane: [isize; 2], row: usize, i: usize) -> Option<usize> {
         let rows = self.rows(part);
@@ -190,8 +196,7 @@ impl Arrangement {
         let together = part.together();
         for (&plane, pixels) in self.planes.iter().zip(pixels.chunks_exact_mut(count)) {
             let Inside { positions, first } = self.columns_inside(plane[1], self.step[1], self.pitch);
-            for (row, turn) in (0..self.rows_of_plane(part)).flat_map(|row| (0..together).map(move |turn| (row, turn)))
-            {
+            for (row, turn) in self.rows_of_pictures(part) {
                 let Some(source) = self.source_row(part, plane, row, turn) else { continue };
                 let start = (source * self.source[1] + first) * self.pixel;
                 let row = &mut pixels[row * self.pitch * together..][..self.pitch * together];
@@ -261,13 +266,13 @@ impl Arrangement {
         (plane, (y * self.pitch + x) * part.together())
     }
 
-    /// Where each step of the depth begins for the first position: by chunks, then by taps, so that what one tap reads the next finds
-    /// in L1.
-    pub fn offsets(&self, part: &Part) -> Vec<usize> {
+    /// The tap of each step of the depth, and where its left side begins for the first position: by chunks, then by taps, so that what
+    /// one tap reads the next finds in L1.
+    pub fn offsets(&self, part: &Part) -> Vec<(usize, usize)> {
         let len = self.chunk_len(part);
         let at = |chunk: usize, tap: usize, step: usize| {
             let (plane, moved) = self.tap(tap, part);
-            (plane * self.chunks + chunk) * len + moved * self.width + step * STEP
+            (tap, (plane * self.chunks + chunk) * len + moved * self.width + step * STEP)
         };
         let taps = 0..self.taps.len();
         (0..self.chunks)
@@ -334,11 +339,6 @@ impl Arrangement {
         let needed: usize = (0..taps).map(|tap| within(tap, 0) * within(tap, 1)).sum();
         let all = taps * (self.grid[0] + self.span - self.shared) * self.pitch;
         needed as f64 / all as f64
-    }
-
-    /// Number of taps.
-    pub fn taps(&self) -> usize {
-        self.taps.len()
     }
 }
 

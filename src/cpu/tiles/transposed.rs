@@ -20,6 +20,7 @@ use super::super::conv::OutputGradient;
 use super::super::elementwise;
 use super::super::float::{Float, split};
 use super::super::gather::Gather;
+use super::super::parallel::piece;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE, Tiles};
 use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
@@ -82,7 +83,7 @@ pub fn multiply_transposed<U: Tiles, T: Float>(
     let tasks: Vec<_> = of_parts.flat_map(|sums| sums.chunks_mut(COLUMNS * row)).collect();
     tasks.into_par_iter().enumerate().for_each(|(task, sums)| {
         let (part, first) = (task / ranges, task % ranges * COLUMNS);
-        let pictures = part * gather.images / parts..(part + 1) * gather.images / parts;
+        let pictures = piece(part, parts, gather.images);
         let (columns, width, tiles) = (first..columns.min(first + COLUMNS), columns, PhantomData::<U>);
         dispatch(isa, Sum { a, gather, arrangement: &arrangement, taps, b, pictures, width, columns, sums, tiles });
     });
@@ -129,10 +130,11 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
     fn run<S: Simd>(mut self, simd: S) {
         let (count, [height, _]) = (parts_of::<T>(), self.gather.grid);
         let (slices, strips, in_turn) = self.shares(count);
-        let (start, pictures) = (self.pictures.start, self.pictures.len());
+        let (start, all) = (self.pictures.start, self.pictures.len());
         for (slice, strip) in (0..slices).flat_map(|slice| (0..strips).map(move |strip| (slice, strip))) {
-            let pictures = start + slice * pictures / slices..start + (slice + 1) * pictures / slices;
-            let part = Part { pictures, rows: strip * height / strips..(strip + 1) * height / strips, in_turn };
+            let pictures = piece(slice, slices, all);
+            let pictures = start + pictures.start..start + pictures.end;
+            let part = Part { pictures, rows: piece(strip, strips, height), in_turn };
             let first = slice == 0 && strip == 0;
             match count {
                 1 => self.slice::<S, 1>(simd, &part, first),
@@ -182,6 +184,9 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let directly = self.takes_pixels();
         let mut planes: Parts = super::parts(PARTS, if directly { 0 } else { arrangement.planes() * len });
         let pixels = if directly { arrangement.pixels(part, there) } else { Vec::new() };
+        let x: &[bf16] = if directly { bytemuck::cast_slice(self.a) } else { &[] };
+        let furthest = pixels.iter().filter(|&&pixel| pixel != NONE).max();
+        assert!(furthest.is_none_or(|pixel| pixel + self.gather.run <= x.len()), "pixels are inside");
         // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
         let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
         let half = pairs * TILE;
@@ -208,33 +213,24 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             Places { first, row: taps * steps * TILE, columns: self.columns.len(), sums: self.sums.as_mut_ptr() };
         assert_eq!(self.sums.len(), places.columns * places.row);
         for chunk in 0..arrangement.steps_of_tap() {
-            // In planes a run of more than a chunk goes on in the same one.
-            let mut first = chunk * STEP;
-            if !directly && chunk < arrangement.chunks() {
-                arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
-                first = 0;
-            }
             if directly {
-                let x: &[bf16] = bytemuck::cast_slice(self.a);
-                let furthest = pixels.iter().filter(|&&pixel| pixel != NONE).max();
-                assert!(furthest.is_none_or(|pixel| pixel + first + STEP <= x.len()), "pixels are inside");
-                // SAFETY: as asserted, and there are as many pixels as positions.
-                let pixel = |at: usize| match unsafe { *pixels.get_unchecked(at) } {
+                // SAFETY: there are as many pixels as positions.
+                let pixel = |plane, at| match unsafe { *pixels.get_unchecked(plane * there + at) } {
                     NONE => ZEROS.as_ptr(),
-                    pixel => x.as_ptr().wrapping_add(pixel + first),
+                    pixel => x.as_ptr().wrapping_add(pixel + chunk * STEP),
                 };
-                pair(
-                    simd,
-                    (there, AHEAD * part.together()),
-                    |plane, at| pixel(plane * there + at),
-                    &mut paired[0],
-                    &wanted,
-                );
+                pair(simd, (there, AHEAD * part.together()), pixel, &mut paired[0], &wanted);
             } else {
+                // A run of more than a chunk goes on in the same planes.
+                let mut channel = chunk * STEP;
+                if chunk < arrangement.chunks() {
+                    arrangement.fill(simd, self.a, part, chunk..chunk + 1, &mut planes);
+                    channel = 0;
+                }
                 let width = arrangement.width();
-                assert!((there - 1) * width + first + STEP <= len, "steps end in their plane");
+                assert!((there - 1) * width + channel + STEP <= len, "steps end in their plane");
                 for (planes, paired) in planes.iter().zip(&mut paired) {
-                    let pixel = |plane, at| planes.as_ptr().wrapping_add(plane * len + at * width + first);
+                    let pixel = |plane, at| planes.as_ptr().wrapping_add(plane * len + at * width + channel);
                     pair(simd, (there, 0), pixel, paired, &wanted);
                 }
             }

@@ -4,6 +4,7 @@ use super::points::{Axis, positions};
 use super::transforms::LANES;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::gemm::TILE_ROWS;
+use crate::cpu::parallel::piece;
 use std::ops::Range;
 
 /// At least so many values, in an odd number of cache lines: what is so far apart, many times over, falls into different sets of
@@ -106,7 +107,7 @@ impl Part {
     /// Part `i` of `parts` of [`Part::all`].
     pub fn one_of(extents: Extents, axis: Axis, [i, parts]: [usize; 2]) -> Part {
         let count = TileGrid::new(extents, axis.outputs).count();
-        Part::new(extents, axis, i * count / parts..(i + 1) * count / parts)
+        Part::new(extents, axis, piece(i, parts, count))
     }
 
     /// Some tiles.

@@ -14,7 +14,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
-use crate::cpu::parallel::for_each;
+use crate::cpu::parallel::{for_each, piece};
 use crate::cpu::pool::{PoolShape, max_pool_as_computed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -224,7 +224,7 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
         let oh = shape.output()[0];
         let blocks = oh.div_ceil(ROWS);
         let (image, block) = (i / blocks, i % blocks);
-        Self::of_rows(x, shape, image, block * oh / blocks..(block + 1) * oh / blocks)
+        Self::of_rows(x, shape, image, piece(block, blocks, oh))
     }
 
     /// Some rows of an image.

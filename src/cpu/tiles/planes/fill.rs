@@ -22,8 +22,7 @@ impl Arrangement {
                 false => self.columns_inside(plane[1], self.step[1], self.pitch),
             };
             let together = part.together();
-            for (row, turn) in (0..self.rows_of_plane(part)).flat_map(|row| (0..together).map(move |turn| (row, turn)))
-            {
+            for (row, turn) in self.rows_of_pictures(part) {
                 let source = self.source_row(part, plane, row, turn).map(|row| {
                     let row_len = self.source[1] * self.pixel;
                     &x[row * row_len..][..row_len]
