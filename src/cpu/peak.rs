@@ -3,7 +3,7 @@
 use super::float::Float;
 use super::simd::{Isa, Simd, Task, dispatch};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use super::tiles::amx::{Amx, STEP, TILE, Tiles};
+use super::tiles::amx::{Again, Amx, STEP, TILE, Tiles};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use half::bf16;
 use rayon::prelude::*;
@@ -75,7 +75,7 @@ fn multiply_tiles<U: Tiles>() {
     // SAFETY: either half holds 16 rows of 32 values.
     unsafe {
         tiles.start(std::ptr::null(), 0);
-        (0..TILE_ROUNDS).for_each(|_| tiles.multiply(halves, STEP, halves));
+        (0..TILE_ROUNDS).for_each(|_| tiles.multiply(halves, STEP, halves, Again::Both));
     }
 }
 

@@ -15,6 +15,15 @@ pub const TILE: usize = 32;
 /// Values of the depth that one step multiplies.
 pub const STEP: usize = 32;
 
+/// What is loaded again before L1 has taken as much as it holds. The rest is loaded past it as far as the processor can, so that it does not
+/// drive out what stays there: the sums, the results, and the other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    Both,
+    Left,
+    Neither,
+}
+
 /// 2x2 accumulators.
 pub trait Tiles {
     /// Makes the registers usable on this thread, until the value is dropped.
@@ -25,22 +34,28 @@ pub trait Tiles {
     /// If not null, `sums` is valid for `TILE` rows, `stride` f32 apart.
     unsafe fn start(&mut self, sums: *const f32, stride: usize);
     /// Adds the product of twice `TILE / 2` rows of `STEP` values from `a`, `a_stride` values apart, and of twice `STEP / 2` rows of
-    /// `TILE / 2` pairs from `b`, one after the other.
+    /// `TILE / 2` pairs from `b`, one after the other. The result does not depend on `again`.
     ///
     /// # Safety
     /// `a` and `b` are valid for that.
-    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]);
+    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], again: Again);
     /// The same for values in two parts, the more significant ones first: adds the three products that matter.
     ///
     /// # Safety
     /// As of [`Tiles::multiply`], for each part.
     #[inline(always)]
-    unsafe fn multiply_parts(&mut self, a: [[*const bf16; 2]; 2], a_stride: usize, b: [[*const bf16; 2]; 2]) {
+    unsafe fn multiply_parts(
+        &mut self,
+        a: [[*const bf16; 2]; 2],
+        a_stride: usize,
+        b: [[*const bf16; 2]; 2],
+        again: Again,
+    ) {
         // SAFETY: the contract.
         unsafe {
-            self.multiply(a[1], a_stride, b[0]);
-            self.multiply(a[0], a_stride, b[0]);
-            self.multiply(a[0], a_stride, b[1]);
+            self.multiply(a[1], a_stride, b[0], again);
+            self.multiply(a[0], a_stride, b[0], again);
+            self.multiply(a[0], a_stride, b[1], again);
         }
     }
     /// Stores the sums.
@@ -66,7 +81,7 @@ impl Tiles for Emulated {
         }
     }
 
-    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]) {
+    unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], _: Again) {
         for k in 0..STEP / 2 {
             for (half, b) in b.into_iter().enumerate() {
                 // SAFETY: the contract.
@@ -107,7 +122,7 @@ pub use hardware::Amx;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod hardware {
-    use super::{Emulated, STEP, TILE, Tiles};
+    use super::{Again, Emulated, STEP, TILE, Tiles};
     use half::bf16;
     use std::arch::asm;
     use std::sync::OnceLock;
@@ -135,6 +150,53 @@ mod hardware {
         }
         Configuration { palette: 1, start_row: 0, reserved: [0; 14], bytes, rows }
     };
+
+    /// [`Tiles::multiply`], with the instruction that loads either side.
+    macro_rules! multiply {
+        ($load_a:literal, $load_b:literal, $a:ident, $a_stride:ident, $b:ident) => {
+            asm!(concat!($load_a, " tmm4, [{upper} + {a_stride}*1]"),
+                 concat!($load_b, " tmm6, [{left} + {b_stride}*1]"),
+                 "tdpbf16ps tmm0, tmm4, tmm6",
+                 concat!($load_b, " tmm7, [{right} + {b_stride}*1]"),
+                 "tdpbf16ps tmm1, tmm4, tmm7",
+                 concat!($load_a, " tmm5, [{lower} + {a_stride}*1]"),
+                 "tdpbf16ps tmm2, tmm5, tmm6",
+                 "tdpbf16ps tmm3, tmm5, tmm7",
+                 upper = in(reg) $a[0], lower = in(reg) $a[1], a_stride = in(reg) $a_stride * 2,
+                 left = in(reg) $b[0], right = in(reg) $b[1], b_stride = in(reg) 2 * TILE,
+                 options(nostack, readonly, preserves_flags))
+        };
+    }
+
+    /// [`Tiles::multiply_parts`]: neighbouring products have one side in common, which is loaded once.
+    macro_rules! multiply_parts {
+        ($load_a:literal, $load_b:literal, $a:ident, $a_stride:ident, $b:ident) => {
+            asm!(concat!($load_a, " tmm4, [{low0} + {a_stride}*1]"),
+                 concat!($load_b, " tmm6, [{left} + {b_stride}*1]"),
+                 "tdpbf16ps tmm0, tmm4, tmm6",
+                 concat!($load_b, " tmm7, [{right} + {b_stride}*1]"),
+                 "tdpbf16ps tmm1, tmm4, tmm7",
+                 concat!($load_a, " tmm5, [{low1} + {a_stride}*1]"),
+                 "tdpbf16ps tmm2, tmm5, tmm6",
+                 "tdpbf16ps tmm3, tmm5, tmm7",
+                 concat!($load_a, " tmm4, [{high0} + {a_stride}*1]"),
+                 "tdpbf16ps tmm0, tmm4, tmm6",
+                 "tdpbf16ps tmm1, tmm4, tmm7",
+                 concat!($load_a, " tmm5, [{high1} + {a_stride}*1]"),
+                 "tdpbf16ps tmm2, tmm5, tmm6",
+                 "tdpbf16ps tmm3, tmm5, tmm7",
+                 concat!($load_b, " tmm6, [{left2} + {b_stride}*1]"),
+                 "tdpbf16ps tmm0, tmm4, tmm6",
+                 concat!($load_b, " tmm7, [{right2} + {b_stride}*1]"),
+                 "tdpbf16ps tmm1, tmm4, tmm7",
+                 "tdpbf16ps tmm2, tmm5, tmm6",
+                 "tdpbf16ps tmm3, tmm5, tmm7",
+                 high0 = in(reg) $a[0][0], high1 = in(reg) $a[0][1], low0 = in(reg) $a[1][0], low1 = in(reg) $a[1][1],
+                 left = in(reg) $b[0][0], right = in(reg) $b[0][1], left2 = in(reg) $b[1][0], right2 = in(reg) $b[1][1],
+                 a_stride = in(reg) $a_stride * 2, b_stride = in(reg) 2 * TILE,
+                 options(nostack, readonly, preserves_flags))
+        };
+    }
 
     impl Tiles for Amx {
         fn new() -> Self {
@@ -167,52 +229,32 @@ mod hardware {
         }
 
         #[inline(always)]
-        unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2]) {
+        unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], again: Again) {
             // SAFETY: the contract; `new` has configured the tiles.
             unsafe {
-                asm!("tileloadd tmm4, [{upper} + {a_stride}*1]",
-                     "tileloadd tmm6, [{left} + {b_stride}*1]",
-                     "tdpbf16ps tmm0, tmm4, tmm6",
-                     "tileloadd tmm7, [{right} + {b_stride}*1]",
-                     "tdpbf16ps tmm1, tmm4, tmm7",
-                     "tileloadd tmm5, [{lower} + {a_stride}*1]",
-                     "tdpbf16ps tmm2, tmm5, tmm6",
-                     "tdpbf16ps tmm3, tmm5, tmm7",
-                     upper = in(reg) a[0], lower = in(reg) a[1], a_stride = in(reg) a_stride * 2,
-                     left = in(reg) b[0], right = in(reg) b[1], b_stride = in(reg) 2 * TILE,
-                     options(nostack, readonly, preserves_flags));
+                match again {
+                    Again::Both => multiply!("tileloadd", "tileloadd", a, a_stride, b),
+                    Again::Left => multiply!("tileloadd", "tileloaddt1", a, a_stride, b),
+                    Again::Neither => multiply!("tileloaddt1", "tileloaddt1", a, a_stride, b),
+                }
             }
         }
 
         #[inline(always)]
-        unsafe fn multiply_parts(&mut self, a: [[*const bf16; 2]; 2], a_stride: usize, b: [[*const bf16; 2]; 2]) {
-            // Neighbouring products have one side in common, which is loaded once.
+        unsafe fn multiply_parts(
+            &mut self,
+            a: [[*const bf16; 2]; 2],
+            a_stride: usize,
+            b: [[*const bf16; 2]; 2],
+            again: Again,
+        ) {
             // SAFETY: the contract; `new` has configured the tiles.
             unsafe {
-                asm!("tileloadd tmm4, [{low0} + {a_stride}*1]",
-                     "tileloadd tmm6, [{left} + {b_stride}*1]",
-                     "tdpbf16ps tmm0, tmm4, tmm6",
-                     "tileloadd tmm7, [{right} + {b_stride}*1]",
-                     "tdpbf16ps tmm1, tmm4, tmm7",
-                     "tileloadd tmm5, [{low1} + {a_stride}*1]",
-                     "tdpbf16ps tmm2, tmm5, tmm6",
-                     "tdpbf16ps tmm3, tmm5, tmm7",
-                     "tileloadd tmm4, [{high0} + {a_stride}*1]",
-                     "tdpbf16ps tmm0, tmm4, tmm6",
-                     "tdpbf16ps tmm1, tmm4, tmm7",
-                     "tileloadd tmm5, [{high1} + {a_stride}*1]",
-                     "tdpbf16ps tmm2, tmm5, tmm6",
-                     "tdpbf16ps tmm3, tmm5, tmm7",
-                     "tileloadd tmm6, [{left2} + {b_stride}*1]",
-                     "tdpbf16ps tmm0, tmm4, tmm6",
-                     "tileloadd tmm7, [{right2} + {b_stride}*1]",
-                     "tdpbf16ps tmm1, tmm4, tmm7",
-                     "tdpbf16ps tmm2, tmm5, tmm6",
-                     "tdpbf16ps tmm3, tmm5, tmm7",
-                     high0 = in(reg) a[0][0], high1 = in(reg) a[0][1], low0 = in(reg) a[1][0], low1 = in(reg) a[1][1],
-                     left = in(reg) b[0][0], right = in(reg) b[0][1], left2 = in(reg) b[1][0], right2 = in(reg) b[1][1],
-                     a_stride = in(reg) a_stride * 2, b_stride = in(reg) 2 * TILE,
-                     options(nostack, readonly, preserves_flags));
+                match again {
+                    Again::Both => multiply_parts!("tileloadd", "tileloadd", a, a_stride, b),
+                    Again::Left => multiply_parts!("tileloadd", "tileloaddt1", a, a_stride, b),
+                    Again::Neither => multiply_parts!("tileloaddt1", "tileloaddt1", a, a_stride, b),
+                }
             }
         }
 
@@ -267,18 +309,19 @@ mod hardware {
     fn computes_rightly() -> bool {
         let a: Vec<bf16> = (0..TILE * STEP).map(|i| bf16::from_f32((i * 7 % 15) as f32 - 7.0)).collect();
         let b: Vec<bf16> = (0..STEP * TILE).map(|i| bf16::from_f32((i * 5 % 13) as f32 - 6.0)).collect();
-        fn product<T: Tiles>(a: &[bf16], b: &[bf16]) -> Vec<f32> {
+        fn product<T: Tiles>(a: &[bf16], b: &[bf16], again: Again) -> Vec<f32> {
             let mut sums = vec![1.0; TILE * TILE];
             let mut tiles = T::new();
             // SAFETY: the slices are as large as the tiles.
             unsafe {
                 tiles.start(sums.as_ptr(), TILE);
                 let (a, b) = (a.as_ptr(), b.as_ptr());
-                tiles.multiply([a, a.add(16 * STEP)], STEP, [b, b.add(16 * TILE)]);
+                tiles.multiply([a, a.add(16 * STEP)], STEP, [b, b.add(16 * TILE)], again);
                 tiles.finish(sums.as_mut_ptr(), TILE);
             }
             sums
         }
-        product::<Amx>(&a, &b) == product::<Emulated>(&a, &b)
+        let right = product::<Emulated>(&a, &b, Again::Both);
+        [Again::Both, Again::Left, Again::Neither].into_iter().all(|again| product::<Amx>(&a, &b, again) == right)
     }
 }

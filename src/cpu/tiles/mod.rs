@@ -18,7 +18,7 @@ pub mod transposed;
 use super::float::Float;
 use super::simd::Simd;
 use crate::tensor::pool::Scratch;
-use amx::{STEP, TILE, Tiles};
+use amx::{Again, STEP, TILE, Tiles};
 pub use filter::TileFilter;
 use half::bf16;
 
@@ -49,14 +49,15 @@ unsafe fn multiply_parts<U: Tiles, const PARTS: usize>(
     a: [[*const bf16; 2]; PARTS],
     a_stride: usize,
     b: [[*const bf16; 2]; PARTS],
+    again: Again,
 ) {
     const { assert!(PARTS == 1 || PARTS == 2) };
     // SAFETY: the contract.
     unsafe {
         if PARTS == 1 {
-            tiles.multiply(a[0], a_stride, b[0]);
+            tiles.multiply(a[0], a_stride, b[0], again);
         } else {
-            tiles.multiply_parts([a[0], a[PARTS - 1]], a_stride, [b[0], b[PARTS - 1]]);
+            tiles.multiply_parts([a[0], a[PARTS - 1]], a_stride, [b[0], b[PARTS - 1]], again);
         }
     }
 }

@@ -15,7 +15,7 @@ use super::super::gemm::{Epilogue, Output};
 use super::super::parallel::{for_each, piece};
 use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
-use super::amx::{STEP, TILE, Tiles};
+use super::amx::{Again, STEP, TILE, Tiles};
 use super::blocks::Blocks;
 use super::planes::{Arrangement, NONE, Part};
 use super::{HALF, Parts, RIGHT, TileFilter, multiply_parts, parts_of};
@@ -31,6 +31,8 @@ const PLANES: [usize; 2] = [1 << 18, 1 << 20];
 /// Share of the products that pictures in turn may take to be taken so, without a stride and with one. Neighbouring taps then have no lines
 /// of the left side in common, which come from L2 for each; with a stride few do anyway.
 const IN_TURN: [f64; 2] = [0.7, 0.85];
+/// Bytes of a panel of the right side that stay in an L1 of 48 KiB from one block to the next, beside all else.
+const PANEL_STAYS: usize = 24 << 10;
 /// Pieces of a few pictures' work that a thread takes: where another program slows one down, others take more of them.
 const PIECES: usize = 2;
 
@@ -279,6 +281,8 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
         let mut unfinished = Unfinished::none(simd);
         let fewest = steps.iter().map(Vec::len).min().unwrap_or(0);
         let rows = TILE.div_ceil(fewest.max(1));
+        let stays = self.b.steps * PARTS * RIGHT * size_of::<bf16>() <= PANEL_STAYS;
+        let again = if stays { Again::Both } else { Again::Left };
         let mut tiles = U::new();
         for panel in self.panels.clone() {
             let panel_right = self.b.panel(panel);
@@ -294,7 +298,7 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
                         let right = right.add(step * PARTS * RIGHT);
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
-                        multiply_parts(&mut tiles, a, width, b);
+                        multiply_parts(&mut tiles, a, width, b, again);
                         unfinished.finish(simd, results, rows);
                     }
                     // Where there are no steps.

@@ -22,7 +22,7 @@ use super::super::float::{Float, split};
 use super::super::gather::Gather;
 use super::super::parallel::piece;
 use super::super::simd::{Isa, Simd, Task, dispatch};
-use super::amx::{STEP, TILE, Tiles};
+use super::amx::{Again, STEP, TILE, Tiles};
 use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
 use super::{HALF, Parts, blocks, multiply_parts, parts_of, slices};
 use crate::tensor::pool::Scratch;
@@ -248,7 +248,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                             let right = right + further;
                             let a = lefts.map(|part| [part.add(left), part.add(lower)]);
                             let b = rights.map(|part| [part.add(right), part.add(right + half)]);
-                            multiply_parts(&mut tiles, a, STEP, b);
+                            multiply_parts(&mut tiles, a, STEP, b, Again::Neither);
                             unfinished.finish(simd, before, &places, rows);
                         }
                         // Where there are few steps.
