@@ -51,11 +51,7 @@ impl Blocks {
         let of_target = arrangement.targets(part, before);
         let offsets = arrangement.offsets(part);
         let mut sets: Vec<u64> = Vec::new();
-        let mut targets = Vec::with_capacity(pairs.len() * TILE);
         let tiles = pairs.iter().map(|pair| {
-            for tile in pair {
-                targets.extend(tile.targets(&of_target, HALF));
-            }
             let taps = pair[0].taps | pair[1].taps;
             let set = sets.iter().position(|&set| set == taps).unwrap_or_else(|| {
                 sets.push(taps);
@@ -69,6 +65,11 @@ impl Blocks {
             kept.map(|(step, (_, offset))| (*offset, step)).collect()
         };
         let steps = sets.iter().map(steps_of).collect();
+        let targets = match part.in_turn {
+            true => pairs.iter().flatten().flat_map(|tile| tile.targets(&of_target, HALF)).collect(),
+            // Tiles follow one another as positions do.
+            false => of_target,
+        };
         Blocks { tiles, targets, steps }
     }
 }

@@ -31,8 +31,9 @@ const PLANES: [usize; 2] = [1 << 18, 1 << 20];
 /// Share of the products that pictures in turn may take to be taken so, without a stride and with one. Neighbouring taps then have no lines
 /// of the left side in common, which come from L2 for each; with a stride few do anyway.
 const IN_TURN: [f64; 2] = [0.7, 0.85];
-/// Bytes of a panel of the right side that stay in an L1 of 48 KiB from one block to the next, beside all else.
-const PANEL_STAYS: usize = 24 << 10;
+/// Bytes of a panel of the right side, its first steps', that stay in L1 from one block to the next; of an L1 of 48 KiB, of which the left
+/// side, sums and results take the rest.
+const PANEL_STAYS: usize = 16 << 10;
 /// Pieces of a few pictures' work that a thread takes: where another program slows one down, others take more of them.
 const PIECES: usize = 2;
 
@@ -276,13 +277,12 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
         assert!(steps.iter().flatten().all(|&(_, step)| step < self.b.steps), "as many steps as the right side has");
         let results = Results { epilogue: self.epilogue, c: self.c.pointer(), columns: self.b.columns };
         // While a block is multiplied, the sums of the one before it are finished, some rows at each step.
-        let mut sums = [Sums::default(), Sums::default()];
-        let [mut now, mut before] = sums.each_mut();
+        let mut sums = Sums::default();
+        let sums: *mut f32 = sums.0.as_mut_ptr().cast();
         let mut unfinished = Unfinished::none(simd);
         let fewest = steps.iter().map(Vec::len).min().unwrap_or(0);
         let rows = TILE.div_ceil(fewest.max(1));
-        let stays = self.b.steps * PARTS * RIGHT * size_of::<bf16>() <= PANEL_STAYS;
-        let again = if stays { Again::Both } else { Again::Left };
+        let kept = PANEL_STAYS / (PARTS * RIGHT * size_of::<bf16>());
         let mut tiles = U::new();
         for panel in self.panels.clone() {
             let panel_right = self.b.panel(panel);
@@ -298,14 +298,14 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
                         let right = right.add(step * PARTS * RIGHT);
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
+                        let again = if step < kept { Again::Both } else { Again::Left };
                         multiply_parts(&mut tiles, a, width, b, again);
                         unfinished.finish(simd, results, rows);
                     }
                     // Where there are no steps.
                     unfinished.finish(simd, results, TILE);
-                    tiles.finish(now.0.as_mut_ptr().cast(), TILE);
-                    std::mem::swap(&mut now, &mut before);
-                    unfinished = Unfinished::new(simd, results, before, targets, panel * TILE);
+                    tiles.finish(sums, TILE);
+                    unfinished = Unfinished::new(simd, results, sums, targets, panel * TILE);
                 }
             }
         }
@@ -345,17 +345,20 @@ impl<'a, V: Copy> Unfinished<'a, V> {
 
     /// The sums of some positions from `column` on.
     #[inline(always)]
-    fn new<S: Simd<V = V>, T>(simd: S, results: Results<T>, sums: &Sums, targets: &'a [usize], column: usize) -> Self {
+    fn new<S: Simd<V = V>, T>(
+        simd: S,
+        results: Results<T>,
+        sums: *const f32,
+        targets: &'a [usize],
+        column: usize,
+    ) -> Self {
         const { assert!(S::LANES >= 4) };
-        let mut unfinished =
-            Unfinished { targets: targets.iter(), column, sums: sums.0.as_ptr().cast(), ..Self::none(simd) };
-        if let Some(bias) = results.epilogue.bias {
-            let mut values = [0.0; TILE];
-            let bias = &bias[column..bias.len().min(column + TILE)];
-            values[..bias.len()].copy_from_slice(bias);
-            for (vector, values) in unfinished.bias.iter_mut().zip(values.chunks_exact(S::LANES)) {
+        let mut unfinished = Unfinished { targets: targets.iter(), column, sums, ..Self::none(simd) };
+        // Fewer columns are finished one by one.
+        if let Some(bias) = results.epilogue.bias.and_then(|bias| bias.get(column..column + TILE)) {
+            for (vector, bias) in unfinished.bias.iter_mut().zip(bias.chunks_exact(S::LANES)) {
                 // SAFETY: so many values.
-                *vector = unsafe { simd.load(values.as_ptr()) };
+                *vector = unsafe { simd.load(bias.as_ptr()) };
             }
         }
         unfinished

@@ -204,8 +204,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let right: Vec<_> = (0..taps).map(right).collect();
         let mut tiles = U::new();
         // While a block is multiplied, the sums of the one before it are put in their places, some rows at each step.
-        let mut blocks = [Block::default(), Block::default()];
-        let [mut now, mut before] = blocks.each_mut();
+        let mut block = Block::default();
         let (steps, mut unfinished) = (arrangement.steps_of_tap(), Unfinished::default());
         let fewest = right.iter().map(|(_, steps)| steps.len()).min().unwrap_or(0);
         let rows = TILE.div_ceil(fewest.max(1));
@@ -249,19 +248,18 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                             let a = lefts.map(|part| [part.add(left), part.add(lower)]);
                             let b = rights.map(|part| [part.add(right), part.add(right + half)]);
                             multiply_parts(&mut tiles, a, STEP, b, Again::Neither);
-                            unfinished.finish(simd, before, &places, rows);
+                            unfinished.finish(simd, &block, &places, rows);
                         }
                         // Where there are few steps.
-                        unfinished.finish(simd, before, &places, TILE);
-                        tiles.finish(now.0.as_mut_ptr().cast(), TILE);
+                        unfinished.finish(simd, &block, &places, TILE);
+                        tiles.finish(block.0.as_mut_ptr().cast(), TILE);
                     }
-                    std::mem::swap(&mut now, &mut before);
                     unfinished = Unfinished { row: 0, group, at: (tap * steps + chunk) * TILE };
                 }
             }
         }
         // SAFETY: as above.
-        unsafe { unfinished.finish(simd, before, &places, TILE) };
+        unsafe { unfinished.finish(simd, &block, &places, TILE) };
     }
 
     /// [`Sum::turn`] of the gradients of a part, which follow one another.
