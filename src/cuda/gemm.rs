@@ -1,7 +1,7 @@
 //! Matrix products on the device, and the rungs of the ladder for those who measure it.
 
 use super::backend::Extents;
-use super::conv::{Engine, Tile};
+use super::engine::{Engine, Tile};
 use super::launch::{Kernel, address, address_or_null, device, empty};
 use super::source::GEMM;
 use crate::error::Result;

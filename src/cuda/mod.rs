@@ -14,6 +14,7 @@ mod driver;
 pub mod elementwise;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod engine;
 pub mod gemm;
 pub mod image;
 mod launch;
