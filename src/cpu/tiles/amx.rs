@@ -2,7 +2,7 @@
 //!
 //! `tdpbf16ps` takes 16 rows of 32 bf16 and 32 rows of 16 bf16, the latter as 16 rows of 16 pairs, and adds their product to 16
 //! rows of 16 f32: 8192 multiply-adds in 16 cycles. Four accumulators of 2x2 tiles, two tiles of A and two of B use all eight
-//! registers, and every tile that is loaded is used twice.
+//! registers, and every tile that is loaded is used twice. `tileloaddt1` loads a tile as `tileloadd` does, but hints that L1 need not keep it.
 //!
 //! Rust has no stable intrinsics for it, so the instructions stand in `asm!`. They are the whole of [`Amx`]; everything around
 //! them is written for [`Tiles`], which plain Rust implements as well, so that packing, blocking and edges are tested on
@@ -19,8 +19,11 @@ pub const STEP: usize = 32;
 /// drive out what stays there: the sums, the results, and the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Again {
+    /// Either side.
     Both,
+    /// A.
     Left,
+    /// None of them.
     Neither,
 }
 

@@ -3,7 +3,8 @@
 //! A task takes some rows of some pictures, or some of the columns, and rearranges its pictures by itself, so that they are in its L2 when
 //! the tiles are loaded. For each panel of 32 columns all its positions pass by, 32 at a time, over the whole depth: sums are never
 //! stored before they are complete. The depth goes by 32 channels and then by taps, which makes neighbouring steps read the same
-//! cache lines, so that the left side comes from L1 and the right side, a stream, from L2. Nothing is asked for ahead: requests share the
+//! cache lines, so that the left side comes from L1 and the right side, a stream, from L2. It passes L1 by but for its first steps, as
+//! otherwise nothing at all would stay there from one block to the next. Nothing is asked for ahead: requests share the
 //! few lines that a core waits for at a time with loads of tiles, and made every product wait longer.
 //!
 //! Finishing the 32 rows of a block's sums takes as long as two steps or three. They are finished between the steps of the next block,
