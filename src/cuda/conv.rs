@@ -4,8 +4,8 @@ mod first_layer;
 mod gather;
 
 use super::backend::Extents;
-use super::engine::{Engine, Tile, pack};
-use super::launch::{Divider, Kernel, address, address_or_null, device, empty, typed};
+use super::engine::{Engine, Tile};
+use super::launch::{Divider, Kernel, address, address_or_null, device, empty, pack, typed};
 use super::source::CONV;
 use super::{Context, norm};
 use crate::cpu::conv::ConvShape;
@@ -181,7 +181,7 @@ pub fn forward(
         residual: address_or_null(epilogue.residual),
         statistics: address_or_null(parts.as_ref()),
         relu: epilogue.relu.into(),
-        ..conv_params(&source, packed, &y, &gather, shape.o, (gather.taps[0] * gather.taps[1] * gather.run) as usize)
+        ..conv_params(&source, packed, &y, &gather, shape.o, gather.depth())
     };
     launch_conv(context, engine, dtype, rows, 1, &params)?;
     let moments = parts.map(|parts| norm::merge(&parts, rows, engine.tile()[0])).transpose()?;
@@ -274,7 +274,7 @@ pub fn backward_filter(x: &Tensor, dy: &Tensor, shape: &ConvShape) -> Result<Ten
     let (context, dtype) = (device(), dy.dtype());
     let first = FirstLayer::of(shape, dtype);
     let (source, gather) = source(x, shape, first.as_ref())?;
-    let columns = (gather.taps[0] * gather.taps[1] * gather.run) as usize;
+    let columns = gather.depth();
     let (run, positions) = (gather.run as usize, gather.rows as usize);
     let aligned = run % pack(dtype) == 0 && shape.o.is_multiple_of(pack(dtype));
     let engine = wgrad_engine(context, dtype, aligned, shape.o, columns);

@@ -35,6 +35,7 @@ impl Tile {
 
 /// Below so many blocks a smaller tile is taken: a card has about as many multiprocessors.
 const FEW_BLOCKS: usize = 128;
+
 impl Engine {
     /// For a product of `rows` x `columns`. `aligned` says whether 16-byte packs work on both operands.
     pub(super) fn choose(context: &Context, dtype: DType, aligned: bool, rows: usize, columns: usize) -> Engine {
@@ -90,9 +91,4 @@ impl Engine {
             (Engine::Mma(tile), _) => 4 + tile as usize,
         }
     }
-}
-
-/// Elements in 16 bytes.
-pub(super) fn pack(dtype: DType) -> usize {
-    16 / dtype.size()
 }

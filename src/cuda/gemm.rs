@@ -2,7 +2,7 @@
 
 use super::backend::Extents;
 use super::engine::{Engine, Tile};
-use super::launch::{Kernel, address, address_or_null, device, empty};
+use super::launch::{Kernel, address, address_or_null, device, empty, pack};
 use super::source::GEMM;
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
@@ -54,7 +54,7 @@ pub enum Rung {
 /// `A B + bias` in f32, by the best kernel for it. `bias` is `[N]`.
 pub fn multiply(a: &Tensor, b: &Tensor, layout: Layout, bias: Option<&Tensor>) -> Result<Tensor> {
     let ([m, n, k], dtype) = (extents(a, b, layout), a.dtype());
-    let aligned = [pitch(a), pitch(b)].iter().all(|p| p % (16 / dtype.size()) == 0);
+    let aligned = [pitch(a), pitch(b)].iter().all(|p| p % pack(dtype) == 0);
     let rung = match Engine::choose(device(), dtype, aligned && k > 0, m, n) {
         Engine::Mma(_) => Rung::TensorCores,
         Engine::Simt(Tile::Large) => Rung::Registers8,

@@ -58,6 +58,11 @@ pub(super) fn typed(dtype: DType, f32: &'static str, bf16: &'static str) -> &'st
     if dtype == DType::BF16 { bf16 } else { f32 }
 }
 
+/// Elements in 16 bytes, which a thread loads at once.
+pub(super) fn pack(dtype: DType) -> usize {
+    16 / dtype.size()
+}
+
 /// Division by a constant as a multiplication; `common.cuh` has the other half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -79,6 +84,12 @@ impl Divider {
     /// `x / divisor`, as the kernels compute it.
     pub fn divide(&self, x: u32) -> u32 {
         (((u64::from(x) * u64::from(self.magic)) >> 32) as u32 + x) >> self.shift
+    }
+}
+
+impl Default for Divider {
+    fn default() -> Self {
+        Divider::new(1)
     }
 }
 

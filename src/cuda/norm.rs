@@ -1,6 +1,6 @@
 //! Batch norm and sums over rows on the device.
 
-use super::launch::{Kernel, address, address_or_null, buffer, device, empty, typed};
+use super::launch::{Kernel, address, address_or_null, buffer, device, empty, pack, typed};
 use super::source::BATCH_NORM;
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
@@ -189,12 +189,8 @@ pub fn normalise(x: &Tensor, affine: Affine, residual: Option<&Tensor>, relu: bo
         unused: 0,
     };
     let kernel = Kernel(BATCH_NORM, typed(x.dtype(), "normalise_f32", "normalise_bf16"));
-    device().launch_over(kernel, x.numel().div_ceil(per_thread(x.dtype())), &params)?;
+    device().launch_over(kernel, x.numel().div_ceil(pack(x.dtype())), &params)?;
     Ok(y)
-}
-
-fn per_thread(dtype: DType) -> usize {
-    16 / dtype.size()
 }
 
 /// Gradients of [`normalise`].
@@ -254,7 +250,7 @@ pub fn backward(
         params.dx = address(dx);
         params.dresidual = address_or_null(dresidual.as_ref());
         let kernel = Kernel(BATCH_NORM, typed(x.dtype(), "norm_backward_f32", "norm_backward_bf16"));
-        context.launch_over(kernel, x.numel().div_ceil(per_thread(x.dtype())), &params)?;
+        context.launch_over(kernel, x.numel().div_ceil(pack(x.dtype())), &params)?;
     }
     let half =
         |which: usize| buffer(&sums).part(which * channels, channels).map(|part| Tensor::from_cuda(&[channels], part));

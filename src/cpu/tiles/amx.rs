@@ -154,49 +154,19 @@ mod hardware {
         Configuration { palette: 1, start_row: 0, reserved: [0; 14], bytes, rows }
     };
 
-    /// [`Tiles::multiply`], with the instruction that loads either side.
-    macro_rules! multiply {
-        ($load_a:literal, $load_b:literal, $a:ident, $a_stride:ident, $b:ident) => {
-            asm!(concat!($load_a, " tmm4, [{upper} + {a_stride}*1]"),
-                 concat!($load_b, " tmm6, [{left} + {b_stride}*1]"),
+    /// Four products, for which either side is loaded with the instruction given, or is there from those before.
+    macro_rules! products {
+        ($(a: $load_a:literal $a:ident $a_stride:ident)? $(b: $load_b:literal $b:ident)?) => {
+            asm!($(concat!($load_a, " tmm4, [{upper} + {a_stride}*1]"),)?
+                 $(concat!($load_b, " tmm6, [{left} + {b_stride}*1]"),)?
                  "tdpbf16ps tmm0, tmm4, tmm6",
-                 concat!($load_b, " tmm7, [{right} + {b_stride}*1]"),
+                 $(concat!($load_b, " tmm7, [{right} + {b_stride}*1]"),)?
                  "tdpbf16ps tmm1, tmm4, tmm7",
-                 concat!($load_a, " tmm5, [{lower} + {a_stride}*1]"),
+                 $(concat!($load_a, " tmm5, [{lower} + {a_stride}*1]"),)?
                  "tdpbf16ps tmm2, tmm5, tmm6",
                  "tdpbf16ps tmm3, tmm5, tmm7",
-                 upper = in(reg) $a[0], lower = in(reg) $a[1], a_stride = in(reg) $a_stride * 2,
-                 left = in(reg) $b[0], right = in(reg) $b[1], b_stride = in(reg) 2 * TILE,
-                 options(nostack, readonly, preserves_flags))
-        };
-    }
-
-    /// [`Tiles::multiply_parts`]: neighbouring products have one side in common, which is loaded once.
-    macro_rules! multiply_parts {
-        ($load_a:literal, $load_b:literal, $a:ident, $a_stride:ident, $b:ident) => {
-            asm!(concat!($load_a, " tmm4, [{low0} + {a_stride}*1]"),
-                 concat!($load_b, " tmm6, [{left} + {b_stride}*1]"),
-                 "tdpbf16ps tmm0, tmm4, tmm6",
-                 concat!($load_b, " tmm7, [{right} + {b_stride}*1]"),
-                 "tdpbf16ps tmm1, tmm4, tmm7",
-                 concat!($load_a, " tmm5, [{low1} + {a_stride}*1]"),
-                 "tdpbf16ps tmm2, tmm5, tmm6",
-                 "tdpbf16ps tmm3, tmm5, tmm7",
-                 concat!($load_a, " tmm4, [{high0} + {a_stride}*1]"),
-                 "tdpbf16ps tmm0, tmm4, tmm6",
-                 "tdpbf16ps tmm1, tmm4, tmm7",
-                 concat!($load_a, " tmm5, [{high1} + {a_stride}*1]"),
-                 "tdpbf16ps tmm2, tmm5, tmm6",
-                 "tdpbf16ps tmm3, tmm5, tmm7",
-                 concat!($load_b, " tmm6, [{left2} + {b_stride}*1]"),
-                 "tdpbf16ps tmm0, tmm4, tmm6",
-                 concat!($load_b, " tmm7, [{right2} + {b_stride}*1]"),
-                 "tdpbf16ps tmm1, tmm4, tmm7",
-                 "tdpbf16ps tmm2, tmm5, tmm6",
-                 "tdpbf16ps tmm3, tmm5, tmm7",
-                 high0 = in(reg) $a[0][0], high1 = in(reg) $a[0][1], low0 = in(reg) $a[1][0], low1 = in(reg) $a[1][1],
-                 left = in(reg) $b[0][0], right = in(reg) $b[0][1], left2 = in(reg) $b[1][0], right2 = in(reg) $b[1][1],
-                 a_stride = in(reg) $a_stride * 2, b_stride = in(reg) 2 * TILE,
+                 $(upper = in(reg) $a[0], lower = in(reg) $a[1], a_stride = in(reg) $a_stride * 2,)?
+                 $(left = in(reg) $b[0], right = in(reg) $b[1], b_stride = in(reg) 2 * TILE,)?
                  options(nostack, readonly, preserves_flags))
         };
     }
@@ -236,9 +206,9 @@ mod hardware {
             // SAFETY: the contract; `new` has configured the tiles.
             unsafe {
                 match again {
-                    Again::Both => multiply!("tileloadd", "tileloadd", a, a_stride, b),
-                    Again::Left => multiply!("tileloadd", "tileloaddt1", a, a_stride, b),
-                    Again::Neither => multiply!("tileloaddt1", "tileloaddt1", a, a_stride, b),
+                    Again::Both => products!(a: "tileloadd" a a_stride b: "tileloadd" b),
+                    Again::Left => products!(a: "tileloadd" a a_stride b: "tileloaddt1" b),
+                    Again::Neither => products!(a: "tileloaddt1" a a_stride b: "tileloaddt1" b),
                 }
             }
         }
@@ -246,17 +216,22 @@ mod hardware {
         #[inline(always)]
         unsafe fn multiply_parts(
             &mut self,
-            a: [[*const bf16; 2]; 2],
+            [high_a, low_a]: [[*const bf16; 2]; 2],
             a_stride: usize,
-            b: [[*const bf16; 2]; 2],
+            [high_b, low_b]: [[*const bf16; 2]; 2],
             again: Again,
         ) {
-            // SAFETY: the contract; `new` has configured the tiles.
+            // Neighbouring products have one side in common, which is loaded once.
+            // SAFETY: the contract; `new` has configured the tiles, and nothing but these products loads them.
             unsafe {
+                self.multiply(low_a, a_stride, high_b, again);
                 match again {
-                    Again::Both => multiply_parts!("tileloadd", "tileloadd", a, a_stride, b),
-                    Again::Left => multiply_parts!("tileloadd", "tileloaddt1", a, a_stride, b),
-                    Again::Neither => multiply_parts!("tileloaddt1", "tileloaddt1", a, a_stride, b),
+                    Again::Both | Again::Left => products!(a: "tileloadd" high_a a_stride),
+                    Again::Neither => products!(a: "tileloaddt1" high_a a_stride),
+                }
+                match again {
+                    Again::Both => products!(b: "tileloadd" low_b),
+                    Again::Left | Again::Neither => products!(b: "tileloaddt1" low_b),
                 }
             }
         }

@@ -79,12 +79,7 @@ fn pairs(arrangement: &Arrangement, part: &Part) -> Vec<[Tile; 2]> {
     if part.in_turn {
         return paired(tiles(arrangement, part, HALF, true));
     }
-    through(arrangement, part, TILE)
-        .map(|Tile { start, end, taps }| {
-            let middle = start + HALF;
-            [Tile { start, end: middle, taps }, Tile { start: middle, end, taps }]
-        })
-        .collect()
+    through(arrangement, part, TILE).map(|tile| [tile, Tile { start: tile.start + HALF, ..tile }]).collect()
 }
 
 /// Positions that hold outputs, a step's depth at a time and beginning at even ones.

@@ -1,7 +1,6 @@
 //! A layer of few channels, whose input and filter are laid out anew.
 
-use super::super::engine::pack;
-use super::super::launch::{Kernel, address, device, empty, typed};
+use super::super::launch::{Kernel, address, device, empty, pack, typed};
 use super::super::source::CONV;
 use super::gather::{Gather, patches};
 use crate::cpu::conv::ConvShape;

@@ -26,9 +26,10 @@ pub(super) struct Gather {
     pub(super) grid: Divider,
 }
 
-impl Default for Divider {
-    fn default() -> Self {
-        Divider::new(1)
+impl Gather {
+    /// Values of a row.
+    pub(super) fn depth(&self) -> usize {
+        (self.taps[0] * self.taps[1] * self.run) as usize
     }
 }
 
