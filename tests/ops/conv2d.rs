@@ -119,6 +119,19 @@ fn shape(nhwc: [usize; 4], okk: [usize; 3], stride: [usize; 2], padding: [usize;
     ConvShape { n, h, w, c, o, kh, kw, stride, padding }
 }
 
+/// A loss of 2^-18 of each value would show as 4e-6.
+#[test]
+fn the_first_layer_is_exact_in_training() {
+    let shape = shape([2, 63, 37, 3], [64, 7, 7], [2, 2], [3, 3]);
+    let Case { x, w, dy, want, .. } = case::<f32>(shape);
+    for isa in Isa::supported() {
+        let mut y = vec![f32::NAN; dy.len()];
+        let packed = conv::pack_filter(isa, &w, &shape, Purpose::Training);
+        conv::forward(&x, &packed, &shape, Epilogue::default(), &mut y);
+        assert_close(&y, &want[0], 1e-6, &format!("first layer {isa}"));
+    }
+}
+
 #[test]
 fn layers_of_the_network() {
     // conv1, a 3x3 of either stride, and the shortcut of ResNet-18, at sizes that keep the naive loops quick.

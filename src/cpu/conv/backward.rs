@@ -27,19 +27,19 @@ enum BackwardFilter<T> {
 impl<T: Float> BackwardFilter<T> {
     /// For a convolution of this geometry, or none if a product over the patches suits it best.
     fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Option<Self> {
-        let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
-        if suits_tiles::<T>(isa, shape, algorithm) {
+        if isa.has_tiles() {
+            let parts = tiles::parts_of::<T>();
             let pack = |(taps, gather): (Vec<usize>, Gather)| {
-                Product::new(gather).pack_rows::<T>(isa, filter, shape.c, row_of_filter(shape, &taps))
+                Product::new(gather).pack_rows(isa, filter, shape.c, parts, row_of_filter(shape, &taps))
             };
             return Some(BackwardFilter::Tiles(isa, stride_classes(shape, shape.o).map(pack).collect()));
         }
-        match algorithm {
+        match winograd::algorithm(isa, shape, shape.o, shape.c) {
             Algorithm::Direct => None,
-            _ if winograd::multiplies::<T>(isa) => {
+            algorithm if winograd::multiplies::<T>(isa) => {
                 Some(BackwardFilter::Same(Winograd::for_backward_input(isa, algorithm, filter, shape)))
             }
-            _ => Some(BackwardFilter::Wide(Winograd::for_backward_input(isa, algorithm, filter, shape))),
+            algorithm => Some(BackwardFilter::Wide(Winograd::for_backward_input(isa, algorithm, filter, shape))),
         }
     }
 
@@ -170,9 +170,8 @@ pub fn takes_gradients_as_made<T: Float>(isa: Isa, shape: &ConvShape, with_input
     if winograd::rows::suits(isa, shape) {
         return !with_input;
     }
-    let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
-    let on_tiles = suits_tiles::<T>(isa, shape, algorithm);
-    algorithm == Algorithm::Blocks && !on_tiles && winograd::wgrad::suits_pictures::<T>(isa, shape)
+    winograd::algorithm(isa, shape, shape.o, shape.c) == Algorithm::Blocks
+        && winograd::wgrad::suits_pictures::<T>(isa, shape)
 }
 
 /// Gradients to the filter and, if asked for with the filter, to the input, of a convolution whose output's gradient is made piece by

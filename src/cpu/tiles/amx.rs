@@ -42,23 +42,21 @@ pub trait Tiles {
     /// # Safety
     /// `a` and `b` are valid for that.
     unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], again: Again);
-    /// The same for values in two parts, the more significant ones first: adds the three products that matter.
+    /// The same for values in parts, the more significant ones first: adds the [`products`] that matter.
     ///
     /// # Safety
     /// As of [`Tiles::multiply`], for each part.
     #[inline(always)]
-    unsafe fn multiply_parts(
+    unsafe fn multiply_parts<const PARTS: usize>(
         &mut self,
-        a: [[*const bf16; 2]; 2],
+        a: [[*const bf16; 2]; PARTS],
         a_stride: usize,
-        b: [[*const bf16; 2]; 2],
+        b: [[*const bf16; 2]; PARTS],
         again: Again,
     ) {
-        // SAFETY: the contract.
-        unsafe {
-            self.multiply(a[1], a_stride, b[0], again);
-            self.multiply(a[0], a_stride, b[0], again);
-            self.multiply(a[0], a_stride, b[1], again);
+        for &[i, j] in products(PARTS) {
+            // SAFETY: the contract.
+            unsafe { self.multiply(a[i], a_stride, b[j], again) };
         }
     }
     /// Stores the sums.
@@ -66,6 +64,17 @@ pub trait Tiles {
     /// # Safety
     /// `sums` is valid for `TILE` rows, `stride` f32 apart.
     unsafe fn finish(&mut self, sums: *mut f32, stride: usize);
+}
+
+/// The products of values in so many parts that are no smaller than the rest that no part has, as parts of A and of B. The least come first,
+/// and each has a side in common with the one before it.
+fn products(parts: usize) -> &'static [[usize; 2]] {
+    match parts {
+        1 => &[[0, 0]],
+        2 => &[[1, 0], [0, 0], [0, 1]],
+        3 => &[[2, 0], [1, 0], [1, 1], [0, 1], [0, 0], [0, 2]],
+        _ => unreachable!("values have three parts at most"),
+    }
 }
 
 /// What the instructions do, in plain Rust.
@@ -214,24 +223,44 @@ mod hardware {
         }
 
         #[inline(always)]
-        unsafe fn multiply_parts(
+        unsafe fn multiply_parts<const PARTS: usize>(
             &mut self,
-            [high_a, low_a]: [[*const bf16; 2]; 2],
+            a: [[*const bf16; 2]; PARTS],
             a_stride: usize,
-            [high_b, low_b]: [[*const bf16; 2]; 2],
+            b: [[*const bf16; 2]; PARTS],
             again: Again,
         ) {
-            // Neighbouring products have one side in common, which is loaded once.
+            // The side that neighbours of `products` have in common is loaded once.
+            macro_rules! with {
+                (a $part:expr) => {{
+                    let a = a[$part];
+                    match again {
+                        Again::Both | Again::Left => products!(a: "tileloadd" a a_stride),
+                        Again::Neither => products!(a: "tileloaddt1" a a_stride),
+                    }
+                }};
+                (b $part:expr) => {{
+                    let b = b[$part];
+                    match again {
+                        Again::Both => products!(b: "tileloadd" b),
+                        Again::Left | Again::Neither => products!(b: "tileloaddt1" b),
+                    }
+                }};
+            }
+            const { assert!(PARTS >= 1 && PARTS <= 3) };
             // SAFETY: the contract; `new` has configured the tiles, and nothing but these products loads them.
             unsafe {
-                self.multiply(low_a, a_stride, high_b, again);
-                match again {
-                    Again::Both | Again::Left => products!(a: "tileloadd" high_a a_stride),
-                    Again::Neither => products!(a: "tileloaddt1" high_a a_stride),
+                self.multiply(a[PARTS - 1], a_stride, b[0], again);
+                if PARTS == 2 {
+                    with!(a 0);
+                    with!(b 1);
                 }
-                match again {
-                    Again::Both => products!(b: "tileloadd" low_b),
-                    Again::Left | Again::Neither => products!(b: "tileloaddt1" low_b),
+                if PARTS == 3 {
+                    with!(a 1);
+                    with!(b 1);
+                    with!(a 0);
+                    with!(b 0);
+                    with!(b 2);
                 }
             }
         }

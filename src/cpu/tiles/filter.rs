@@ -3,7 +3,7 @@
 use super::super::float::split;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE};
-use super::{HALF, RIGHT, transpose};
+use super::{EXACT, HALF, RIGHT, transpose};
 use crate::tensor::pool::Scratch;
 use half::bf16;
 use rayon::prelude::*;
@@ -80,14 +80,13 @@ impl Task for Columns<'_> {
         let Columns { b, depth, columns, steps, order, parts, first, out } = self;
         let step_len = parts * RIGHT;
         // Of each part the values of a step, whose pairs are words that are turned.
-        let mut values = [[[bf16::ZERO; STEP]; HALF]; 2];
+        let mut values = [[[bf16::ZERO; STEP]; HALF]; EXACT];
         for (range, at) in halves(out.len(), steps.len() * step_len, first, columns) {
             for (i, &step) in order.iter().enumerate() {
                 let (start, count) = steps[step];
                 let next = order.get(i + 1).map_or(start, |&next| steps[next].0);
                 for column in 0..HALF {
-                    let [high, low] = values.each_mut().map(|part| &mut part[column][..]);
-                    let mut values = [high, low];
+                    let mut values = values.each_mut().map(|part| &mut part[column][..]);
                     let values = &mut values[..parts];
                     let there = if column < range.len() { count } else { 0 };
                     if there > 0 {
@@ -152,7 +151,8 @@ impl Task for Rows<'_> {
                         // SAFETY: a vector from `column` on lies in either row, and its words in the pair's place of each part.
                         unsafe {
                             let values = rows.map(|row| simd.load(row.add(column)));
-                            split_pairs(simd, values, out.as_mut_ptr().add((pair * HALF + column) * 2), parts);
+                            let out = out.as_mut_ptr().add((pair * HALF + column) * 2);
+                            split_pairs(simd, values, parts, |part| out.add(part * RIGHT));
                         }
                     }
                 }
@@ -169,16 +169,21 @@ fn halves(out_len: usize, len: usize, first: usize, columns: usize) -> impl Iter
     })
 }
 
-/// Two vectors to the words of a vector, of each part.
+/// Two vectors to the words of a vector, of each of so many parts.
 ///
 /// # Safety
-/// `out` is valid for writing them.
+/// `out` of a part is valid for writing them.
 #[inline(always)]
-unsafe fn split_pairs<S: Simd>(simd: S, mut values: [S::V; 2], out: *mut bf16, parts: usize) {
+pub(super) unsafe fn split_pairs<S: Simd>(
+    simd: S,
+    mut values: [S::V; 2],
+    parts: usize,
+    mut out: impl FnMut(usize) -> *mut bf16,
+) {
     for part in 0..parts {
+        let out = out(part);
         // SAFETY: the contract.
         unsafe {
-            let out = out.add(part * RIGHT);
             simd.store(out.cast(), simd.pairs(values[0], values[1]));
             if part + 1 < parts {
                 let rounded = simd.load_pairs(out);

@@ -1,8 +1,9 @@
 //! Convolutions as products of bf16 tiles ([`amx`]).
 //!
 //! Tiles multiply bf16 alone. An f32 is the sum of two bf16 and a rest of 2^-18 of it; of the products of two such sums three matter
-//! (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). What
-//! is packed is packed in so many parts; values that are bf16 have one.
+//! (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). It is
+//! the sum of three bf16 and no rest; six products are then as exact as one of f32. What is packed is packed in so many parts; values that
+//! are bf16 have one.
 //!
 //! Nothing is packed for each tap: `planes` are one rearranged copy of the input, and every tap of every output is a tile of it
 //! where it lies. The filter is packed in the order in which it is read (`filter`). [`multiply`] is the forward pass and the gradient to the input,
@@ -18,12 +19,15 @@ pub mod transposed;
 use super::float::Float;
 use super::simd::Simd;
 use crate::tensor::pool::Scratch;
-use amx::{Again, STEP, TILE, Tiles};
+use amx::{STEP, TILE};
 pub use filter::TileFilter;
 use half::bf16;
 
-/// How many bf16 stand for a value.
-fn parts_of<T: Float>() -> usize {
+/// How many bf16 stand for an f32 that none of it is lost of.
+pub const EXACT: usize = 3;
+
+/// How many bf16 stand for a value, where a rest of 2^-18 of it may be lost.
+pub fn parts_of<T: Float>() -> usize {
     3 - T::PER_WORD
 }
 
@@ -37,29 +41,6 @@ fn parts(count: usize, len: usize) -> Parts {
 /// Their values, to write to.
 fn slices(parts: &mut Parts) -> Vec<&mut [bf16]> {
     parts.iter_mut().map(|part| &mut part[..]).collect()
-}
-
-/// [`Tiles::multiply`] of values in one part or in two.
-///
-/// # Safety
-/// As there, for each part.
-#[inline(always)]
-unsafe fn multiply_parts<U: Tiles, const PARTS: usize>(
-    tiles: &mut U,
-    a: [[*const bf16; 2]; PARTS],
-    a_stride: usize,
-    b: [[*const bf16; 2]; PARTS],
-    again: Again,
-) {
-    const { assert!(PARTS == 1 || PARTS == 2) };
-    // SAFETY: the contract.
-    unsafe {
-        if PARTS == 1 {
-            tiles.multiply(a[0], a_stride, b[0], again);
-        } else {
-            tiles.multiply_parts([a[0], a[PARTS - 1]], a_stride, [b[0], b[PARTS - 1]], again);
-        }
-    }
 }
 
 /// Columns, and rows, of one tile of two.

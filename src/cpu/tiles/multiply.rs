@@ -19,7 +19,7 @@ use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{Again, STEP, TILE, Tiles};
 use super::blocks::Blocks;
 use super::planes::{Arrangement, NONE, Part};
-use super::{HALF, Parts, RIGHT, TileFilter, multiply_parts, parts_of};
+use super::{HALF, Parts, RIGHT, TileFilter};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -29,6 +29,8 @@ use std::sync::Mutex;
 const RIGHT_STAYS: usize = 5 << 18;
 /// Bytes of a part's planes: few where the right side stays, so that inputs and results do too, else half of L2, for it to be fetched seldom.
 const PLANES: [usize; 2] = [1 << 18, 1 << 20];
+/// The same of pictures in turn, whose rows overlap: an L2, if that saves fetching it once more.
+const PLANES_IN_TURN: [usize; 2] = [1 << 20, 2 << 20];
 /// Share of the products that pictures in turn may take to be taken so, without a stride and with one. Neighbouring taps then have no lines
 /// of the left side in common, which come from L2 for each; with a stride few do anyway.
 const IN_TURN: [f64; 2] = [0.7, 0.85];
@@ -67,9 +69,9 @@ impl Product {
         Product { arrangement: Arrangement::of_rows(&gather, kw), gather, merged: Some(kw) }
     }
 
-    /// Packs the right side, whose columns `[columns, taps, run]` follow one another.
-    pub fn pack_columns<T: Float>(&self, isa: Isa, b: &[f32], columns: usize) -> TileFilter {
-        let (taps, run, parts) = (self.gather.taps.len(), self.gather.run, parts_of::<T>());
+    /// Packs the right side in so many parts, of which the left side will have as many. Its columns `[columns, taps, run]` follow one another.
+    pub fn pack_columns(&self, isa: Isa, b: &[f32], columns: usize, parts: usize) -> TileFilter {
+        let (taps, run) = (self.gather.taps.len(), self.gather.run);
         assert_eq!(b.len(), taps * run * columns);
         let Some(kw) = self.merged else {
             let step = |chunk: usize, tap: usize| (tap * run + chunk * STEP, (run - chunk * STEP).min(STEP));
@@ -89,12 +91,13 @@ impl Product {
         TileFilter::from_columns(isa, &wide, columns, parts, &steps)
     }
 
-    /// Packs the right side from rows of `columns` contiguous values, row `k` of the depth from `start(k)` on.
-    pub fn pack_rows<T: Float>(
+    /// The same from rows of `columns` contiguous values, row `k` of the depth from `start(k)` on.
+    pub fn pack_rows(
         &self,
         isa: Isa,
         b: &[f32],
         columns: usize,
+        parts: usize,
         start: impl Fn(usize) -> usize,
     ) -> TileFilter {
         let (taps, run) = (self.gather.taps.len(), self.gather.run);
@@ -103,7 +106,7 @@ impl Product {
         };
         let steps = (0..run.div_ceil(STEP)).flat_map(|chunk| (0..taps).map(move |tap| (chunk, tap)));
         let steps: Vec<_> = steps.map(|(chunk, tap)| step(chunk, tap)).collect();
-        TileFilter::from_rows(isa, b, columns, parts_of::<T>(), &steps)
+        TileFilter::from_rows(isa, b, columns, parts, &steps)
     }
 
     /// `target rows of c = epilogue(rows of a through the gather, times b)`, as [`super::super::gemm::multiply`].
@@ -126,7 +129,8 @@ impl Product {
             let mut slot = slot.lock().expect("nobody panics while holding it");
             // Another part's go back to the pool before these are taken from it: they are in this thread's L2.
             let there = slot.take().filter(|there| there.0 == part);
-            let (_, prepared) = slot.insert(there.unwrap_or_else(|| (part, self.prepare(isa, a, &parts[part], 0))));
+            let (_, prepared) =
+                slot.insert(there.unwrap_or_else(|| (part, self.prepare(isa, a, &parts[part], 0, b.parts))));
             self.run::<U, T>(isa, prepared, panels, b, &c, epilogue);
         });
     }
@@ -147,14 +151,15 @@ impl Product {
         assert!(epilogue.residual.is_none() && c.len() == rows.len() * gather.grid[1] * b.columns);
         epilogue.check(b.columns, c.len());
         let before = (image * gather.grid[0] + rows.start) * gather.grid[1];
-        let prepared = self.prepare(isa, a, &Part { pictures: image..image + 1, rows, in_turn: false }, before);
+        let part = Part { pictures: image..image + 1, rows, in_turn: false };
+        let prepared = self.prepare(isa, a, &part, before, b.parts);
         self.run::<U, T>(isa, &prepared, 0..b.columns.div_ceil(TILE), b, &Output::new(c), epilogue);
     }
 
-    /// Rearranges a part of the left side, whose targets begin after so many.
-    fn prepare<T: Float>(&self, isa: Isa, a: &[T], part: &Part, before: usize) -> Prepared {
+    /// Rearranges a part of the left side, whose targets begin after so many, in so many parts of values.
+    fn prepare<T: Float>(&self, isa: Isa, a: &[T], part: &Part, before: usize, parts: usize) -> Prepared {
         let arrangement = &self.arrangement;
-        let mut planes = super::parts(parts_of::<T>(), arrangement.len(part));
+        let mut planes = super::parts(parts, arrangement.len(part));
         dispatch(isa, Fill { arrangement, x: a, part, planes: &mut planes });
         Prepared { planes, blocks: Blocks::new(arrangement, part, before) }
     }
@@ -171,7 +176,8 @@ impl Product {
         let (width, tiles) = (self.arrangement.width(), PhantomData);
         match b.parts {
             1 => dispatch(isa, Job::<U, T, 1> { left, width, panels, b, c, epilogue, tiles }),
-            _ => dispatch(isa, Job::<U, T, 2> { left, width, panels, b, c, epilogue, tiles }),
+            2 => dispatch(isa, Job::<U, T, 2> { left, width, panels, b, c, epilogue, tiles }),
+            _ => dispatch(isa, Job::<U, T, 3> { left, width, panels, b, c, epilogue, tiles }),
         }
     }
 
@@ -189,7 +195,8 @@ impl Product {
             return None;
         }
         let bytes = |rows: usize| self.arrangement.len(&part(groups - 1, 0..rows)) * size_of::<bf16>() * b.parts;
-        let strips = (1..=height).find(|strips| bytes(height.div_ceil(*strips)) <= PLANES[1])?;
+        let planes = PLANES_IN_TURN[usize::from(b.bytes() > RIGHT_STAYS)];
+        let strips = (1..=height).find(|strips| bytes(height.div_ceil(*strips)) <= planes)?;
         let parts = (0..groups * strips).map(|i| part(i / strips, piece(i % strips, strips, height)));
         let pieces = rayon::current_num_threads().div_ceil(groups * strips);
         Some((parts.collect(), pieces.min(b.columns.div_ceil(TILE))))
@@ -300,7 +307,7 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
                         let b =
                             std::array::from_fn(|part| [right.add(part * RIGHT), right.add(part * RIGHT + RIGHT / 2)]);
                         let again = if step < kept { Again::Both } else { Again::Left };
-                        multiply_parts(&mut tiles, a, width, b, again);
+                        tiles.multiply_parts(a, width, b, again);
                         unfinished.finish(simd, results, rows);
                     }
                     // Where there are no steps.

@@ -24,10 +24,10 @@ use super::super::parallel::piece;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{Again, STEP, TILE, Tiles};
 use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
-use super::{HALF, Parts, blocks, multiply_parts, parts_of, slices};
+use super::{HALF, Parts, blocks, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
-use pairs::{ZEROS, pair};
+use pairs::{in_order, pair, zeros};
 use places::{Block, Places, Unfinished};
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -145,11 +145,6 @@ impl<U: Tiles, T: Float> Task for Sum<'_, U, T> {
 }
 
 impl<U: Tiles, T: Float> Sum<'_, U, T> {
-    /// Whether pixels are paired where they are, for they are whole steps; others are in planes.
-    fn takes_pixels(&self) -> bool {
-        T::PER_WORD == 2 && self.arrangement.takes_whole_pixels()
-    }
-
     /// In how many slices the pictures are taken, and each of these in how many strips, for operands to fit; and whether pictures are taken in
     /// turn: then taps see even positions alone, and few positions are between rows.
     fn shares(&self, count: usize) -> (usize, usize, bool) {
@@ -160,7 +155,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             position(versions) * self.arrangement.positions(&Part { pictures: 0..pictures, rows: 0..height, in_turn })
         };
         // Gradients that are made are made of whole pictures.
-        if self.takes_pixels() && matches!(self.b, OutputGradient::There(_)) {
+        if self.arrangement.takes_whole_pixels() && matches!(self.b, OutputGradient::There(_)) {
             for slices in (1..=pictures / FEWEST_IN_TURN).filter(|&slices| pictures.is_multiple_of(2 * slices)) {
                 let strips = bytes(pictures / slices, true, self.arrangement.planes()).div_ceil(SLICE);
                 if strips == 1 || strips <= MOST_STRIPS && height >= FEWEST_ROWS * strips {
@@ -181,14 +176,15 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let len = arrangement.chunk_len(part);
         let there = arrangement.positions_in(len);
         let pairs = there.div_ceil(2);
-        let directly = self.takes_pixels();
+        // Where they are, if they are whole steps; others are in planes.
+        let directly = arrangement.takes_whole_pixels();
         let mut planes: Parts = super::parts(PARTS, if directly { 0 } else { arrangement.planes() * len });
         let pixels = if directly { arrangement.pixels(part, there) } else { Vec::new() };
-        let x: &[bf16] = if directly { bytemuck::cast_slice(self.a) } else { &[] };
         let furthest = pixels.iter().filter(|&&pixel| pixel != NONE).max();
-        assert!(furthest.is_none_or(|pixel| pixel + self.gather.run <= x.len()), "pixels are inside");
+        assert!(furthest.is_none_or(|pixel| pixel + self.gather.run <= self.a.len()), "pixels are inside");
         // [part][plane][beginning with an even or an odd position][half][pair][channel][position of the pair]
         let mut paired: Parts = super::parts(PARTS, arrangement.planes() * 2 * pairs * 2 * TILE);
+        let paired = &mut slices(&mut paired)[..];
         let half = pairs * TILE;
         let mut wanted = vec![[false; 2]; arrangement.planes()];
         // Of each tap where the right side begins, and the steps in which it sees something, with how much further they are.
@@ -208,17 +204,22 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let (steps, mut unfinished) = (arrangement.steps_of_tap(), Unfinished::default());
         let fewest = right.iter().map(|(_, steps)| steps.len()).min().unwrap_or(0);
         let rows = TILE.div_ceil(fewest.max(1));
-        let places =
-            Places { first, row: taps * steps * TILE, columns: self.columns.len(), sums: self.sums.as_mut_ptr() };
+        let places = Places {
+            first,
+            in_order: directly && in_order::<T>(),
+            row: taps * steps * TILE,
+            columns: self.columns.len(),
+            sums: self.sums.as_mut_ptr(),
+        };
         assert_eq!(self.sums.len(), places.columns * places.row);
         for chunk in 0..arrangement.steps_of_tap() {
             if directly {
                 // SAFETY: there are as many pixels as positions.
                 let pixel = |plane, at| match unsafe { *pixels.get_unchecked(plane * there + at) } {
-                    NONE => ZEROS.as_ptr(),
-                    pixel => x.as_ptr().wrapping_add(pixel + chunk * STEP),
+                    NONE => zeros::<T>(),
+                    pixel => self.a.as_ptr().wrapping_add(pixel + chunk * STEP),
                 };
-                pair(simd, (there, AHEAD * part.together()), pixel, &mut paired[0], &wanted);
+                pair(simd, (there, AHEAD * part.together()), pixel, paired, &wanted);
             } else {
                 // A run of more than a chunk goes on in the same planes.
                 let mut channel = chunk * STEP;
@@ -228,7 +229,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                 }
                 let width = arrangement.width();
                 assert!((there - 1) * width + channel + STEP <= len, "steps end in their plane");
-                for (planes, paired) in planes.iter().zip(&mut paired) {
+                for (planes, paired) in planes.iter().zip(paired.chunks_exact_mut(1)) {
                     let pixel = |plane, at| planes.as_ptr().wrapping_add(plane * len + at * width + channel);
                     pair(simd, (there, 0), pixel, paired, &wanted);
                 }
@@ -247,7 +248,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
                             let right = right + further;
                             let a = lefts.map(|part| [part.add(left), part.add(lower)]);
                             let b = rights.map(|part| [part.add(right), part.add(right + half)]);
-                            multiply_parts(&mut tiles, a, STEP, b, Again::Neither);
+                            tiles.multiply_parts(a, STEP, b, Again::Neither);
                             unfinished.finish(simd, &block, &places, rows);
                         }
                         // Where there are few steps.

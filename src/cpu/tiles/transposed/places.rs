@@ -4,7 +4,7 @@ use super::super::super::simd::Simd;
 use super::super::HALF;
 use super::super::amx::TILE;
 
-/// The sums of 32 columns and a step, the even ones first on either side.
+/// The sums of 32 columns, the even ones first, and a step.
 #[derive(Default)]
 #[repr(align(64))]
 pub(super) struct Block(pub(super) [[f32; TILE]; TILE]);
@@ -13,6 +13,8 @@ pub(super) struct Block(pub(super) [[f32; TILE]; TILE]);
 pub(super) struct Places {
     /// Whether they are the first, or are added to what is there.
     pub(super) first: bool,
+    /// Whether those of a column are in order, not the even ones first.
+    pub(super) in_order: bool,
     pub(super) columns: usize,
     /// Values from one column to the next.
     pub(super) row: usize,
@@ -47,11 +49,14 @@ impl Unfinished {
             if column >= places.columns {
                 continue;
             }
-            let (even, odd) = block.0[row].split_at(HALF);
+            let halves = block.0[row].as_ptr();
             for i in (0..HALF).step_by(S::LANES) {
-                // SAFETY: a vector from `i` on is in either half; the contract.
+                // SAFETY: a vector from `i` on is in either half, and two from `2 i` on in both; the contract.
                 unsafe {
-                    let mut sums = simd.interleave(simd.load(even.as_ptr().add(i)), simd.load(odd.as_ptr().add(i)));
+                    let mut sums = match places.in_order {
+                        true => [0, S::LANES].map(|lane| simd.load(halves.add(2 * i + lane))),
+                        false => simd.interleave(simd.load(halves.add(i)), simd.load(halves.add(HALF + i))),
+                    };
                     let to = places.sums.add(column * places.row + self.at + 2 * i);
                     if !places.first {
                         sums = [simd.add(simd.load(to), sums[0]), simd.add(simd.load(to.add(S::LANES)), sums[1])];
