@@ -235,9 +235,9 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, purpos
     }
 }
 
-/// Whether an algorithm leaves so few products that in f32 they take vectors not much longer than three times all of them take tiles: 3 to 8 %
-/// of inference on a core of one's own. Beside a program that multiplies tiles as well, tiles take four times as long and vectors
-/// twice, and inference 1.3 times as long on the former.
+/// Whether an algorithm leaves so few products that inference in f32 is left to vectors. On a core of one's own three times all products on
+/// tiles would take 3 to 8 % less; but beside a program that multiplies tiles too, tiles take four times as long, vectors twice, and inference on tiles
+/// 1.3 times what it takes so.
 fn saves_most(algorithm: Algorithm, shape: &ConvShape) -> bool {
     algorithm != Algorithm::Direct && (algorithm == Algorithm::Rows || shape.stride == [1, 1])
 }

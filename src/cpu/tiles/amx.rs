@@ -42,7 +42,8 @@ pub trait Tiles {
     /// # Safety
     /// `a` and `b` are valid for that.
     unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], again: Again);
-    /// The same for values in parts, the more significant ones first: adds the [`products`] that matter.
+    /// The same for values in parts, the more significant ones first: adds the products that matter, of two parts three, of three
+    /// parts six.
     ///
     /// # Safety
     /// As of [`Tiles::multiply`], for each part.

@@ -3,8 +3,8 @@
 //! The tile's depth is the positions of outputs: on the left the gradients of output channels at 32 of them, and on the right those
 //! pixels of the input, two by two, that a tap sees from there. The former are turned once; the latter are a plane
 //! (`Arrangement`) whose neighbouring positions are paired, once beginning with an even and once with an odd one: then every tap is a
-//! run of pairs. Either side comes with its even channels first, because that is how words of two rows are cheapest to make; the sums
-//! are put in order while the tiles multiply the next ones.
+//! run of pairs. What is bf16, and the left side, comes with its even channels first, because that is how words of two rows are cheapest to
+//! make; the sums are put in order while the tiles multiply the next ones.
 //!
 //! A task takes some output channels and some pictures. It turns their gradients and then, 32 input channels at a time,
 //! pairs the input and multiplies: for each tap and 32 output channels over all positions, so that sums are stored once. Where its
