@@ -3,7 +3,7 @@
 use super::super::float::split;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE};
-use super::{EXACT, HALF, RIGHT, transpose};
+use super::{EXACT, HALF, RIGHT, split_pairs, transpose};
 use crate::tensor::pool::Scratch;
 use half::bf16;
 use rayon::prelude::*;
@@ -167,28 +167,4 @@ fn halves(out_len: usize, len: usize, first: usize, columns: usize) -> impl Iter
         let start = first * TILE + i * HALF;
         (start.min(columns)..(start + HALF).min(columns), i / 2 * len + i % 2 * (RIGHT / 2))
     })
-}
-
-/// Two vectors to the words of a vector, of each of so many parts.
-///
-/// # Safety
-/// `out` of a part is valid for writing them.
-#[inline(always)]
-pub(super) unsafe fn split_pairs<S: Simd>(
-    simd: S,
-    mut values: [S::V; 2],
-    parts: usize,
-    mut out: impl FnMut(usize) -> *mut bf16,
-) {
-    for part in 0..parts {
-        let out = out(part);
-        // SAFETY: the contract.
-        unsafe {
-            simd.store(out.cast(), simd.pairs(values[0], values[1]));
-            if part + 1 < parts {
-                let rounded = simd.load_pairs(out);
-                values = [simd.sub(values[0], rounded[0]), simd.sub(values[1], rounded[1])];
-            }
-        }
-    }
 }

@@ -61,3 +61,22 @@ unsafe fn transpose<S: Simd>(simd: S, from: *const f32, from_stride: usize, to: 
         }
     }
 }
+
+/// Two vectors to the words of a vector, of each of so many parts.
+///
+/// # Safety
+/// `out` of a part is valid for writing them.
+#[inline(always)]
+unsafe fn split_pairs<S: Simd>(simd: S, mut values: [S::V; 2], parts: usize, mut out: impl FnMut(usize) -> *mut bf16) {
+    for part in 0..parts {
+        let out = out(part);
+        // SAFETY: the contract.
+        unsafe {
+            simd.store(out.cast(), simd.pairs(values[0], values[1]));
+            if part + 1 < parts {
+                let rounded = simd.load_pairs(out);
+                values = [simd.sub(values[0], rounded[0]), simd.sub(values[1], rounded[1])];
+            }
+        }
+    }
+}

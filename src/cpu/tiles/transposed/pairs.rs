@@ -2,9 +2,8 @@
 
 use super::super::super::float::Float;
 use super::super::super::simd::Simd;
-use super::super::HALF;
 use super::super::amx::{STEP, TILE};
-use super::super::filter::split_pairs;
+use super::super::{HALF, split_pairs};
 use half::bf16;
 
 /// What padding holds.
