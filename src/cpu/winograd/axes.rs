@@ -126,42 +126,42 @@ impl<W: Float, S: Simd> Sink<S> for Words<W> {
     }
 }
 
-/// The transform along the columns, and then along the rows.
+/// The transforms along the columns, `D`, and then along the rows, `A`.
 ///
 /// # Safety
-/// The source has a row and a column for each of the transform's values, the sink room for each of its results.
+/// The source has a row for each value of `D` and a column for each of `A`, the sink room for each of their results.
 #[inline(always)]
-pub(super) unsafe fn along_both<X: Transform, S: Simd>(
+pub(super) unsafe fn along_both<D: Transform, A: Transform, S: Simd>(
     simd: S,
     room: &mut Room,
     source: impl Source<S>,
     sink: impl Sink<S>,
 ) {
-    for j in 0..X::VALUES {
+    for j in 0..A::VALUES {
         source.prefetch(simd, j);
         let results = match source.has_column(j) {
             true => {
                 // SAFETY: the contract.
-                let column = vectors!(simd, X::VALUES, I => unsafe { source.load(simd, I, j) });
-                X::apply(simd, &column)
+                let column = vectors!(simd, D::VALUES, I => unsafe { source.load(simd, I, j) });
+                D::apply(simd, &column)
             }
             false => [simd.splat(0.0); MAX],
         };
         let room = room.at::<S>(0, j);
         unrolled!(I => {
-            if I < X::RESULTS {
+            if I < D::RESULTS {
                 // SAFETY: vectors `[i, j]` of the room.
                 unsafe { simd.store(room.add(I * MAX * S::LANES), results[I]) };
             }
         });
     }
-    for i in 0..X::RESULTS {
+    for i in 0..D::RESULTS {
         let room = room.at::<S>(i, 0);
         // SAFETY: the columns have stored a vector for each result and each value.
-        let row = vectors!(simd, X::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
-        let results = X::apply(simd, &row);
+        let row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
+        let results = A::apply(simd, &row);
         unrolled!(J => {
-            if J < X::RESULTS {
+            if J < A::RESULTS {
                 // SAFETY: the contract.
                 unsafe { sink.store(simd, i, J, results[J]) };
             }
@@ -174,7 +174,7 @@ pub(super) unsafe fn along_both<X: Transform, S: Simd>(
 /// # Safety
 /// As for [`along_both`], and `next` as `words`.
 #[inline(always)]
-pub(super) unsafe fn transform_words<X: Transform, S: Simd, W: Float>(
+pub(super) unsafe fn transform_words<D: Transform, A: Transform, S: Simd, W: Float>(
     simd: S,
     [first, last]: [impl Source<S>; 2],
     [room, plane]: &mut [Room; 2],
@@ -186,8 +186,8 @@ pub(super) unsafe fn transform_words<X: Transform, S: Simd, W: Float>(
     // SAFETY: the room has as many vectors as a transform has results; the contract.
     unsafe {
         if W::PER_WORD > 1 {
-            along_both::<X, S>(simd, room, last, plane);
+            along_both::<D, A, S>(simd, room, last, plane);
         }
-        along_both::<X, S>(simd, room, first, Words { words, last: plane, next });
+        along_both::<D, A, S>(simd, room, first, Words { words, last: plane, next });
     }
 }

@@ -127,7 +127,7 @@ impl<W: Float> Task for FilterTransform<'_, W> {
             unsafe {
                 let (out, steps) = (self.out.pointer(), [values::<W>(1) * self.stride, self.stride]);
                 let words = Plane { first: out.add(at(column)), steps };
-                transform_words::<Filter<W, 1>, S, W>(simd, taps, &mut rooms, words, out.add(next));
+                transform_words::<Filter<W, 1>, Filter<W, 1>, S, W>(simd, taps, &mut rooms, words, out.add(next));
             }
         }
     }
@@ -208,22 +208,26 @@ impl<W: Float> Task for Panel<'_, W> {
         let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, values::<W>(1));
         let position_len = self.part.room() * width;
         let tile_len = across * across * depth;
-        // Where the inputs of the tiles of each kind of positions begin, at the first position.
-        let runs = self.part.tiles.each_ref().map(|tiles| -> Vec<[*const f32; TILE_ROWS]> {
+        // Where the inputs of the tiles begin, at the first position, of those that a position has six at a time: which they are depends on the
+        // edges that have it.
+        let runs_of = |tiles: Range<usize>| -> Vec<[*const f32; TILE_ROWS]> {
             let start = |tile: usize| self.inputs[tile * tile_len..][..tile_len].as_ptr().cast();
-            let groups = tiles.chunks(TILE_ROWS);
-            groups.map(|tiles| std::array::from_fn(|lane| start(tiles[lane.min(tiles.len() - 1)]))).collect()
-        });
+            let groups = tiles.clone().step_by(TILE_ROWS);
+            groups.map(|first| std::array::from_fn(|lane| start((first + lane).min(tiles.end - 1)))).collect()
+        };
+        let runs =
+            [false, true].map(|bottom| [false, true].map(|right| runs_of(self.part.tiles_having([bottom, right]))));
         for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
-            let kind = self.part.kind([position / across, position % across]);
-            let (words, count) = (depth / W::PER_WORD, runs[kind].len());
+            let edges = self.part.edges_have([position / across, position % across]);
+            let (runs, tiles) = (&runs[usize::from(edges[0])][usize::from(edges[1])], self.part.tiles_having(edges));
+            let (words, count) = (depth / W::PER_WORD, runs.len());
             // The filters at the next position.
             let next = self.filter.after(position, self.panel);
-            let groups = self.part.tiles[kind].chunks(TILE_ROWS).zip(runs[kind].chunks_exact(1)).enumerate();
-            for ((i, (tiles, runs)), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
-                let extents = [tiles.len(), self.columns];
+            let groups = runs.chunks_exact(1).enumerate();
+            for ((i, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
+                let extents = [TILE_ROWS.min(tiles.len() - i * TILE_ROWS), self.columns];
                 let ahead = Far::share(next, words * width, [i, count], words);
                 let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
                 let tile = Tile { first: position * words, ..tile };

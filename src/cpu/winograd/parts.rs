@@ -78,8 +78,13 @@ impl TileGrid {
     }
 }
 
-/// Tiles by their extents: whole ones, those at the right edge, at the bottom, and in the corner.
+/// Tiles by their extents: those at the bottom, whole ones, those at the right edge, and in the corner. What whole tiles have and those of an
+/// edge lack, whichever it is, the tiles of a run of classes have.
 pub(super) const CLASSES: usize = 4;
+/// The class of a tile that is not, or that is, at the bottom, and then at the right edge.
+const CLASS: [[usize; 2]; 2] = [[1, 2], [0, 3]];
+/// The classes that have what tiles at the bottom do not, or do, and then those at the right edge.
+const HAVING: [[Range<usize>; 2]; 2] = [[1..2, 1..3], [0..2, 0..4]];
 
 /// Some tiles of an output, ordered by class.
 pub(super) struct Part {
@@ -92,10 +97,6 @@ pub(super) struct Part {
     pub outputs: [[usize; 2]; CLASSES],
     /// Positions of the tiles at the bottom, down, and of those at the right, across.
     edges: [usize; 2],
-    /// The tiles that have a position, by [`Part::kind`].
-    pub tiles: [Vec<usize>; CLASSES],
-    /// Where among those the first of each class is.
-    firsts: [[usize; CLASSES]; CLASSES],
 }
 
 impl Part {
@@ -113,36 +114,31 @@ impl Part {
     /// Some tiles.
     pub fn new(extents: Extents, axis: Axis, tiles: Range<usize>) -> Part {
         let (output, grid, whole) = (extents.output, TileGrid::new(extents, axis.outputs), axis.outputs);
-        let [down_edge, right_edge] = std::array::from_fn(|i| output[i] - (grid.across[i] - 1) * whole);
-        let outputs = [[whole; 2], [whole, right_edge], [down_edge, whole], [down_edge, right_edge]];
+        let edges @ [down_edge, right_edge] = std::array::from_fn(|i| output[i] - (grid.across[i] - 1) * whole);
+        let outputs = [[down_edge, whole], [whole; 2], [whole, right_edge], edges];
         let mut places: Vec<(usize, Place)> = tiles
             .map(|tile| {
                 let place = grid.place(tile);
                 let [bottom, right] = [place.top + whole > output[0], place.left + whole > output[1]];
-                (usize::from(bottom) * 2 + usize::from(right), place)
+                (CLASS[usize::from(bottom)][usize::from(right)], place)
             })
             .collect();
         places.sort_by_key(|(class, _)| *class);
         let start = |class: usize| places.partition_point(|(of, _)| *of < class);
         let classes: [Range<usize>; CLASSES] = std::array::from_fn(|class| start(class)..start(class + 1));
-        // A kind of positions lacks the tiles of an edge, or of the other, or of both, or of none.
-        let has = |kind: usize, class: &usize| class & !kind == 0;
-        let tiles = std::array::from_fn(|kind| {
-            (0..CLASSES).filter(|class| has(kind, class)).flat_map(|class| classes[class].clone()).collect()
-        });
-        let firsts = std::array::from_fn(|kind| {
-            std::array::from_fn(|class| {
-                (0..class).filter(|class| has(kind, class)).map(|class| classes[class].len()).sum()
-            })
-        });
         let (class_of, places) = places.into_iter().unzip();
-        let edges = [down_edge, right_edge].map(|outputs| positions(axis, outputs));
-        Part { places, class_of, classes, outputs, edges, tiles, firsts }
+        Part { places, class_of, classes, outputs, edges: edges.map(|outputs| positions(axis, outputs)) }
     }
 
-    /// Which edges' tiles have position `[i, j]`: 1 for those at the right, 2 for those at the bottom.
-    pub fn kind(&self, [i, j]: [usize; 2]) -> usize {
-        usize::from(i < self.edges[0]) * 2 + usize::from(j < self.edges[1])
+    /// The tiles that have what those at the bottom have or not, and those at the right edge.
+    pub fn tiles_having(&self, [bottom, right]: [bool; 2]) -> Range<usize> {
+        let Range { start, end } = HAVING[usize::from(bottom)][usize::from(right)];
+        self.classes[start].start..self.classes[end - 1].end
+    }
+
+    /// Whether tiles at the bottom have position `[i, j]`, and those at the right edge.
+    pub fn edges_have(&self, [i, j]: [usize; 2]) -> [bool; 2] {
+        [i < self.edges[0], j < self.edges[1]]
     }
 
     /// Tiles that a position has room for: whole tiles of the micro-kernel.
@@ -160,12 +156,12 @@ impl Part {
     }
 
     /// The tiles that have a position.
-    pub fn tiles_at(&self, position: [usize; 2]) -> &[usize] {
-        &self.tiles[self.kind(position)]
+    pub fn tiles_at(&self, position: [usize; 2]) -> Range<usize> {
+        self.tiles_having(self.edges_have(position))
     }
 
     /// Where among those the first tile of a class is, or would be.
     pub fn first_at(&self, position: [usize; 2], class: usize) -> usize {
-        self.firsts[self.kind(position)][class]
+        self.classes[class].start.saturating_sub(self.tiles_at(position).start)
     }
 }

@@ -381,11 +381,11 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
             let first = words.start == 0 && [row, slot] == [i, j];
             for start in (0..tiles.len()).step_by(TILE_ROWS) {
                 let runs: [[*const f32; TILE_ROWS]; 1] =
-                    [std::array::from_fn(|lane| run(tiles[(start + lane).min(tiles.len() - 1)]))];
+                    [std::array::from_fn(|lane| run((tiles.start + start + lane).min(tiles.end - 1)))];
                 // After the last tiles come the first at the next slot.
-                let next = match tiles.get(start + TILE_ROWS) {
-                    Some(next) => run(*next),
-                    None => run(tiles[0]).wrapping_add(layout.slot / W::PER_WORD),
+                let next = match tiles.start + start + TILE_ROWS {
+                    next if next < tiles.end => run(next),
+                    _ => run(tiles.start).wrapping_add(layout.slot / W::PER_WORD),
                 };
                 let sums = sums.chunks_exact_mut(part.room() * width);
                 for ((panel, b), sums) in filters.chunks_exact(depth * width).enumerate().zip(sums) {

@@ -111,13 +111,13 @@ transform!(
     output_matrix(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)), from_points
 );
 transform!(
-    /// `A`: the gradients of a tile's `M` outputs to the slots; a stride of one.
-    Gradient<M>: M => M + TAPS - 1, transposed(&Sums::<W, 1, M>::MATRIX), to_points
+    /// `A`: the gradients of a tile's `M` outputs to the positions.
+    Gradient<STRIDE, M>: M => positions(axis::<W>(STRIDE), M), transposed(&Sums::<W, STRIDE, M>::MATRIX), to_points
 );
 transform!(
-    /// `G^T`: sums at the slots of a tile of `M` outputs to the gradient of a filter; a stride of one.
-    FilterGradient<M>: M + TAPS - 1 => TAPS,
-    transposed(&first_rows(Filter::<W, 1>::MATRIX, M + TAPS - 1)), from_points
+    /// `G^T`: sums at the values that a filter has for tiles of `M` outputs to its gradient.
+    FilterGradient<STRIDE, M>: values_for::<W>(STRIDE, M) => TAPS,
+    transposed(&first_rows(Filter::<W, STRIDE>::MATRIX, values_for::<W>(STRIDE, M))), from_points
 );
 
 transform!(

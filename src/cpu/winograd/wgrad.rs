@@ -1,10 +1,14 @@
-//! Winograd's algorithm for the gradient to a 3x3 filter: a fifth or a quarter of the multiplications, as in [`super`].
+//! Winograd's algorithm for the gradient to a 3x3 filter: a fifth or a quarter of the multiplications, with a stride little more than half, as
+//! in [`super`].
 //!
 //! Forward, a tile's outputs are `A^T [(G g G^T) * (B^T d B)] A`. That is linear in the filter `g`, so its gradient is the
 //! transposed map of the outputs' gradient: `dg = G^T [sum over tiles of (A dy A^T) * (B^T d B)] G`. The sum, for every
-//! pair of channels at each position, is a matrix product over the tiles.
+//! pair of channels at each position, is a matrix product over the tiles. With a stride inputs have more slots than filters have values and
+//! outputs positions: what belongs to a value is summed over its slots as well.
 
+mod strided;
 mod sums;
+mod whole;
 
 use super::Algorithm;
 use super::parts::{Extents, TileGrid, spread};
@@ -17,7 +21,7 @@ use crate::cpu::parallel::for_each;
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
-use sums::{Sums, slots_of};
+use sums::Sums;
 
 /// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. As many as the sums take, if
 /// that is more: otherwise adding to these would take longer.
@@ -39,7 +43,9 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
-    shape.stride == [1, 1] && enough && super::algorithm(isa, shape, shape.c, shape.o) != Algorithm::Direct
+    // With a stride little more than half of the products are left: tiles, and pairs of bf16, multiply all of them sooner.
+    let saves = shape.stride == [1, 1] || (exact && !isa.has_tiles());
+    saves && enough && super::algorithm(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.
@@ -50,11 +56,12 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
     }
 }
 
-/// [`backward_filter`] with products of type `W`.
+/// [`backward_filter`] with products of type `W`; with a stride they are f32.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match const { axis::<W>(1).outputs } {
-        7 if takes_sevens(shape) => backward_filter_of::<T, W, 7>(isa, x, dy, shape, dfilter),
-        _ => backward_filter_of::<T, W, 4>(isa, x, dy, shape, dfilter),
+    match (shape.stride, const { axis::<W>(1).outputs }) {
+        ([2, 2], _) => backward_filter_of::<T, f32, 2, 4>(isa, x, dy, shape, dfilter),
+        (_, 7) if takes_sevens(shape) => backward_filter_of::<T, W, 1, 7>(isa, x, dy, shape, dfilter),
+        _ => backward_filter_of::<T, W, 1, 4>(isa, x, dy, shape, dfilter),
     }
 }
 
@@ -67,7 +74,7 @@ fn takes_sevens(shape: &ConvShape) -> bool {
 }
 
 /// [`backward_filter_by`] tiles of `M` outputs.
-fn backward_filter_of<T: Float, W: Float, const M: usize>(
+fn backward_filter_of<T: Float, W: Float, const STRIDE: usize, const M: usize>(
     isa: Isa,
     x: &[T],
     dy: &[T],
@@ -77,28 +84,29 @@ fn backward_filter_of<T: Float, W: Float, const M: usize>(
     let (c, o) = (shape.c, shape.o);
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
-    let (grid, sums) = (TileGrid::new(Extents::of(shape), M), Sums::<W, M>::new(isa, c, o));
+    let (grid, sums) = (TileGrid::new(Extents::of(shape), M), Sums::<W, STRIDE, M>::new(isa, c, o));
     if grid.count() == 0 {
         return dfilter.fill(0.0);
     }
-    let (all, panels, width) = (slots_of::<M>().pow(2), sums.layout.panels, sums.layout.width);
+    let (all, panels, width) = (Sums::<W, STRIDE, M>::VALUES, sums.layout.panels, sums.layout.width);
     let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count());
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
-    if c * o >= 2 * grid.count() * (c + o) && part >= grid.count() && panels * blocks >= TASKS {
+    let many = all * c * o >= 2 * grid.count() * sums.transformed();
+    if many && part >= grid.count() && panels * blocks >= TASKS {
         // More sums than tiles, and all tiles at once: some sums of all positions at a time, which need not go to memory.
         let tiles = sums.transform(x, dy, shape, 0..grid.count());
         for_each(panels * blocks, |task| {
             let (panel, block) = (task / blocks, task % blocks);
             let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
-            // [position][o][column]
-            let position_len = spread(filters.len() * width);
-            let mut some = Scratch::<f32>::take(all * position_len);
-            for (position, some) in some.chunks_exact_mut(position_len).enumerate() {
-                sums.multiply(&tiles, [position, panel], filters.clone(), true, some);
+            // [value][o][column]
+            let value_len = spread(filters.len() * width);
+            let mut some = Scratch::<f32>::take(all * value_len);
+            for (value, some) in some.chunks_exact_mut(value_len).enumerate() {
+                sums.multiply(&tiles, [value, panel], filters.clone(), true, some);
             }
             for (i, filter) in filters.enumerate() {
-                sums.finish(&some[i * width..], position_len, [filter, panel], out);
+                sums.finish(&some[i * width..], value_len, [filter, panel], out);
             }
         });
         return;
@@ -120,7 +128,7 @@ const GROUPS: usize = 8;
 pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     let outputs = if T::PER_WORD == 1 || !super::multiplies::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
     let tiles = TileGrid::new(Extents { images: 1, ..Extents::of(shape) }, outputs).count();
-    suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
+    shape.stride == [1, 1] && suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
 }
 
 /// [`backward_filter`] where the outputs' gradients are made picture by picture: `make(picture, dy)` is to fill one's. What is made
@@ -151,7 +159,7 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
     let image = ConvShape { n: 1, ..*shape };
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
-    let (sums, tiles) = (Sums::<W, M>::new(isa, shape.c, shape.o), TileGrid::new(Extents::of(&image), M).count());
+    let (sums, tiles) = (Sums::<W, 1, M>::new(isa, shape.c, shape.o), TileGrid::new(Extents::of(&image), M).count());
     // Two threads' tiles stay in the last cache together.
     let part = sums.tiles_of(TRANSFORMED / 2).min(tiles.max(1)).next_multiple_of(W::PER_WORD);
     let pictures = shape.n.div_ceil(GROUPS).max(1);
@@ -171,7 +179,7 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
             }
         }
     });
-    let (mut total, position_len) = (Scratch::<f32>::take(sums.len()), sums.position_len()[0]);
-    reduce(&totals, groups, slots_of::<M>().pow(2), position_len, position_len, &mut total, Order::RowMajor);
+    let (mut total, value_len) = (Scratch::<f32>::take(sums.len()), sums.value_len()[0]);
+    reduce(&totals, groups, Sums::<W, 1, M>::VALUES, value_len, value_len, &mut total, Order::RowMajor);
     sums.finish_all(&total, &Output::new(dfilter));
 }

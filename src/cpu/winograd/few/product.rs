@@ -40,7 +40,7 @@ const fn part_of_row<W: Float>(registers: usize, stride: usize, tiles: usize, pa
 }
 
 /// The tiles of a picture of seven by seven outputs, in the order of a part, where whole tiles have four.
-const CORNER_TILES: [[usize; 2]; TILES] = [[4, 4], [4, 3], [3, 4], [3, 3]];
+const CORNER_TILES: [[usize; 2]; TILES] = [[3, 4], [4, 4], [4, 3], [3, 3]];
 
 /// Whether a part has the tiles [`CORNER_TILES`].
 pub(super) fn are_corners(part: &Part) -> bool {

@@ -1,9 +1,9 @@
 //! The sums over tiles that a filter's gradient is made of, and the transforms before and after them.
 
 use super::super::axes::*;
-use super::super::parts::{Extents, Place, TileGrid, spread};
+use super::super::parts::{Extents, Part, spread};
 use super::super::transforms::*;
-use super::super::window::Window;
+use super::{strided, whole};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Output, Stream};
@@ -15,11 +15,9 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Words of tiles a task transforms.
-const BLOCK_WORDS: usize = 8;
-
-/// Sums over tiles of the products of inputs and gradients, `[position][panel][o][column]`, and how they come to be and are used.
-pub(super) struct Sums<W, const M: usize> {
+/// Sums over tiles of the products of inputs and gradients at the slots of each value of a filter, `[value][panel][o][column]`, and how they
+/// come to be and are used.
+pub(super) struct Sums<W, const STRIDE: usize, const M: usize> {
     isa: Isa,
     c: usize,
     o: usize,
@@ -32,9 +30,25 @@ pub(super) struct Transformed<W> {
     inputs: Scratch<W>,
     gradients: Scratch<W>,
     words: usize,
+    /// How the tiles are ordered, where some have fewer slots than others.
+    part: Option<Part>,
 }
 
-impl<W: Float, const M: usize> Sums<W, M> {
+impl<W: Float> Transformed<W> {
+    /// The words of tiles that have a slot.
+    fn having<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> Range<usize> {
+        let Some(part) = &self.part else { return 0..self.words };
+        let [[down, _], .., [_, across]] = part.outputs;
+        part.tiles_having([Slots::<W, STRIDE>::has(down, i), Slots::<W, STRIDE>::has(across, j)])
+    }
+}
+
+impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
+    /// Slots of a tile, and positions of its gradients, and values of a filter.
+    const SLOTS: usize = Input::<W, STRIDE, M>::RESULTS.pow(2);
+    const POSITIONS: usize = Gradient::<W, STRIDE, M>::RESULTS.pow(2);
+    pub(super) const VALUES: usize = FilterGradient::<W, STRIDE, M>::VALUES.pow(2);
+
     pub(super) fn new(isa: Isa, c: usize, o: usize) -> Self {
         let width = isa.tile_columns();
         let layout = Layout {
@@ -46,19 +60,31 @@ impl<W: Float, const M: usize> Sums<W, M> {
         Sums { isa, c, o, layout, products: PhantomData }
     }
 
-    /// Values of a position, and of them those that are used.
-    pub(super) fn position_len(&self) -> [usize; 2] {
+    /// Sums of a value, and of them those that are used.
+    pub(super) fn value_len(&self) -> [usize; 2] {
         let used = self.layout.panels * self.o * self.layout.width;
         [spread(used), used]
     }
 
     pub(super) fn len(&self) -> usize {
-        slots_of::<M>().pow(2) * self.position_len()[0]
+        Self::VALUES * self.value_len()[0]
     }
 
     /// How many tiles take so many bytes when they are transformed, but one at least.
     pub(super) fn tiles_of(&self, bytes: usize) -> usize {
-        (bytes / (slots_of::<M>().pow(2) * (self.c + self.o) * size_of::<W>())).max(1)
+        (bytes / (self.transformed() * size_of::<W>())).max(1)
+    }
+
+    /// Values that a tile has when it is transformed.
+    pub(super) fn transformed(&self) -> usize {
+        Self::SLOTS * self.c + Self::POSITIONS * self.o
+    }
+
+    /// The slots, down and across, whose products are summed for a value.
+    fn slots_of(value: usize) -> impl Iterator<Item = [usize; 2]> {
+        let [slots, values] = const { [Input::<W, STRIDE, M>::RESULTS, FilterGradient::<W, STRIDE, M>::VALUES] };
+        let along = move |value: usize| (0..slots).filter(move |&slot| Slots::<W, STRIDE>::value(slot) == value);
+        along(value / values).flat_map(move |i| along(value % values).map(move |j| [i, j]))
     }
 
     pub(super) fn transform<T: Float>(
@@ -68,55 +94,69 @@ impl<W: Float, const M: usize> Sums<W, M> {
         shape: &ConvShape,
         tiles: Range<usize>,
     ) -> Transformed<W> {
-        let (all, layout, words) = (slots_of::<M>().pow(2), self.layout, tiles.len().div_ceil(W::PER_WORD));
-        let mut inputs = Scratch::<W>::take(all * layout.inputs(words));
-        let mut gradients = Scratch::<W>::take(all * layout.gradients(words));
+        let (layout, words) = (self.layout, tiles.len().div_ceil(W::PER_WORD));
+        let mut inputs = Scratch::<W>::take(Self::SLOTS * layout.inputs(words));
+        let mut gradients = Scratch::<W>::take(Self::POSITIONS * layout.gradients(words));
         let (to_inputs, to_gradients) = (&Output::new(&mut inputs), &Output::new(&mut gradients));
-        for_each(words.div_ceil(BLOCK_WORDS), |block| {
-            let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
-            let (tiles, grid) = (tiles.clone(), TileGrid::new(Extents::of(shape), M));
-            let (inputs, gradients) = (to_inputs, to_gradients);
-            dispatch(
-                self.isa,
-                TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, layout, inputs, gradients },
-            );
-        });
-        Transformed { inputs, gradients, words }
+        let (extents, isa) = (Extents::of(shape), self.isa);
+        let part = (STRIDE == 2).then(|| Part::new(extents, axis::<W>(STRIDE), tiles.clone()));
+        match &part {
+            Some(part) => strided::Tiles { x, dy, extents, part, layout }.transform(isa, to_inputs, to_gradients),
+            None => whole::transform::<T, W, M>(isa, [x, dy], shape, tiles, layout, [to_inputs, to_gradients]),
+        }
+        Transformed { inputs, gradients, words, part }
     }
 
-    /// Adds the products of some filters at a position for a panel, or begins with them.
+    /// Adds the products of some filters at the slots of a value for a panel, or begins with them.
     pub(super) fn multiply(
         &self,
-        Transformed { inputs, gradients, words }: &Transformed<W>,
-        [position, panel]: [usize; 2],
+        tiles: &Transformed<W>,
+        [value, panel]: [usize; 2],
         filters: Range<usize>,
         first: bool,
         sums: &mut [f32],
     ) {
         let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
-        let panel_len = words * word_of_inputs;
-        let inputs = &inputs[position * self.layout.inputs(*words) + panel * panel_len..][..panel_len];
-        let position_len = self.layout.gradients(*words);
-        let gradients = &gradients[position * position_len..][..words * word];
-        dispatch(self.isa, Multiply { gradients, inputs, word, position_len, filters, first, sums });
+        let [slots, positions] = const { [Input::<W, STRIDE, M>::RESULTS, Gradient::<W, STRIDE, M>::RESULTS] };
+        let [panel_len, slot_len] = [tiles.words * word_of_inputs, self.layout.inputs(tiles.words)];
+        let position_len = self.layout.gradients(tiles.words);
+        let mut first = first;
+        for slot @ [i, j] in Self::slots_of(value) {
+            let words = tiles.having::<STRIDE>(slot);
+            let position = slot.map(Slots::<W, STRIDE>::position);
+            let inputs = &tiles.inputs[(i * slots + j) * slot_len + panel * panel_len..][..panel_len];
+            let gradients = &tiles.gradients[(position[0] * positions + position[1]) * position_len..][..position_len];
+            let inputs = &inputs[words.start * word_of_inputs..words.end * word_of_inputs];
+            let gradients = &gradients[words.start * word..words.end * word];
+            let filters = filters.clone();
+            dispatch(self.isa, Multiply { gradients, inputs, word, position_len, filters, first, sums: &mut *sums });
+            first &= words.is_empty();
+        }
+        if first {
+            sums.fill(0.0);
+        }
     }
 
     /// [`Sums::multiply`] of all.
     pub(super) fn add(&self, tiles: &Transformed<W>, first: bool, sums: &mut [f32]) {
-        let [position_len, used] = self.position_len();
-        let positions = sums.par_chunks_exact_mut(position_len).map(|sums| &mut sums[..used]).enumerate();
+        let [value_len, used] = self.value_len();
+        // The last value has most slots where values share them.
+        let values = sums.par_chunks_exact_mut(value_len).map(|sums| &mut sums[..used]).enumerate().rev();
         let panel_len = self.o * self.layout.width;
-        let tasks = positions.flat_map(|(position, sums)| {
-            sums.par_chunks_exact_mut(panel_len).enumerate().map(move |(panel, sums)| (position, panel, sums))
+        let tasks = values.flat_map(|(value, sums)| {
+            sums.par_chunks_exact_mut(panel_len).enumerate().map(move |(panel, sums)| (value, panel, sums))
         });
-        tasks.for_each(|(position, panel, sums)| self.multiply(tiles, [position, panel], 0..self.o, first, sums));
+        tasks.for_each(|(value, panel, sums)| self.multiply(tiles, [value, panel], 0..self.o, first, sums));
     }
 
-    /// The gradient of a filter for a panel of channels, from the first of its sums on; `position_len` values from one position to the next.
-    pub(super) fn finish(&self, sums: &[f32], position_len: usize, [filter, panel]: [usize; 2], out: &Output<f32>) {
+    /// The gradient of a filter for a panel of channels, from the first of its sums on; `value_len` of them from one value to the next.
+    pub(super) fn finish(&self, sums: &[f32], value_len: usize, [filter, panel]: [usize; 2], out: &Output<f32>) {
         let channels = panel * self.layout.width..self.c.min((panel + 1) * self.layout.width);
-        let (position, c) = (position_len, self.c);
-        dispatch(self.isa, ToFilter::<W, M> { sums, position, filter, channels, c, out, products: PhantomData });
+        let c = self.c;
+        dispatch(
+            self.isa,
+            ToFilter::<W, STRIDE, M> { sums, value_len, filter, channels, c, out, products: PhantomData },
+        );
     }
 
     /// [`Sums::finish`] of all.
@@ -124,135 +164,31 @@ impl<W: Float, const M: usize> Sums<W, M> {
         let Layout { panels, width, .. } = self.layout;
         for_each(self.o * panels, |i| {
             let (filter, panel) = (i / panels, i % panels);
-            self.finish(&sums[(panel * self.o + filter) * width..], self.position_len()[0], [filter, panel], out);
+            self.finish(&sums[(panel * self.o + filter) * width..], self.value_len()[0], [filter, panel], out);
         });
     }
 }
 
-/// Slots along an axis of a tile of `M` outputs.
-pub(super) const fn slots_of<const M: usize>() -> usize {
-    M + TAPS - 1
-}
-
-/// How transformed tiles lie: inputs `[position][panel][word][column]`, gradients `[position][word][o]`.
+/// How transformed tiles lie: inputs `[slot][panel][word][column]`, gradients `[position][word][o]`.
 #[derive(Clone, Copy)]
 pub(super) struct Layout {
     /// Columns of a panel, and panels.
     pub(super) width: usize,
     pub(super) panels: usize,
     /// Values from one word to the next. Those of gradients are spread: a product takes a few of each.
-    word_of_inputs: usize,
-    word_of_gradients: usize,
+    pub(super) word_of_inputs: usize,
+    pub(super) word_of_gradients: usize,
 }
 
 impl Layout {
-    /// Values from one position to the next of so many words, spread: a tile has a vector at each.
-    fn inputs(&self, words: usize) -> usize {
+    /// Values from one slot to the next of so many words, spread: a tile has a vector at each.
+    pub(super) fn inputs(&self, words: usize) -> usize {
         spread(self.panels * words * self.word_of_inputs)
     }
 
-    fn gradients(&self, words: usize) -> usize {
+    /// The same of positions.
+    pub(super) fn gradients(&self, words: usize) -> usize {
         spread(words * self.word_of_gradients)
-    }
-}
-
-/// Some words of tiles of the input and of the output's gradient, transformed.
-struct TransformTiles<'a, T, W, const M: usize> {
-    x: &'a [T],
-    dy: &'a [T],
-    shape: &'a ConvShape,
-    grid: TileGrid,
-    tiles: Range<usize>,
-    block: Range<usize>,
-    /// All words of the tiles.
-    words: usize,
-    layout: Layout,
-    inputs: &'a Output<W>,
-    gradients: &'a Output<W>,
-}
-
-impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
-    type Output = ();
-    const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let ConvShape { c, o, .. } = *self.shape;
-        assert!(c.is_multiple_of(S::LANES) && o.is_multiple_of(S::LANES), "channels are whole vectors");
-        let Layout { width, word_of_inputs, word_of_gradients, .. } = self.layout;
-        let (inputs_len, gradients_len) = (self.layout.inputs(self.words), self.layout.gradients(self.words));
-        let mut rooms = [Room::new(), Room::new()];
-        let inputs_of =
-            |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.inputs_of(tile)));
-        let gradients_of =
-            |word: usize| self.tiles_of(word).map(|tile| tile.map_or(Window::empty(), |tile| self.gradients_of(tile)));
-        let (mut next_inputs, mut next_gradients) = (inputs_of(self.block.start), gradients_of(self.block.start));
-        for word in self.block.clone() {
-            let next = self.block.end.min(word + 2) - 1;
-            let inputs = std::mem::replace(&mut next_inputs, inputs_of(next));
-            let gradients = std::mem::replace(&mut next_gradients, gradients_of(next));
-            let pixels = |i: usize, channel: usize| Pixels {
-                window: &inputs[i],
-                next: (&next_inputs[i], slots_of::<M>()),
-                channel,
-            };
-            let outputs =
-                |i: usize, channel: usize| Pixels { window: &gradients[i], next: (&next_gradients[i], M), channel };
-            // The next vector of channels, or the next word's first.
-            let after = |channel: usize, all: usize| match channel + S::LANES {
-                channel if channel < all => (word, channel),
-                _ => (next, 0),
-            };
-            let to_inputs = |(word, channel): (usize, usize)| {
-                let at = (channel / width * self.words + word) * word_of_inputs + channel % width * W::PER_WORD;
-                self.inputs.pointer().wrapping_add(at)
-            };
-            for channel in (0..c).step_by(S::LANES) {
-                let (first, next) = (to_inputs((word, channel)), to_inputs(after(channel, c)));
-                // SAFETY: pixels have `c` values; there is room for each word at each position, and these are this task's.
-                unsafe {
-                    let words = Plane { first, steps: [slots_of::<M>() * inputs_len, inputs_len] };
-                    let tiles = [pixels(0, channel), pixels(1, channel)];
-                    transform_words::<Input<W, 1, M>, S, W>(simd, tiles, &mut rooms, words, next);
-                }
-            }
-            let to_gradients = |(word, channel): (usize, usize)| {
-                self.gradients.pointer().wrapping_add(word * word_of_gradients + channel * W::PER_WORD)
-            };
-            for channel in (0..o).step_by(S::LANES) {
-                let (first, next) = (to_gradients((word, channel)), to_gradients(after(channel, o)));
-                // SAFETY: as above, of `o` values.
-                unsafe {
-                    let words = Plane { first, steps: [slots_of::<M>() * gradients_len, gradients_len] };
-                    let tiles = [outputs(0, channel), outputs(1, channel)];
-                    transform_words::<Gradient<W, M>, S, W>(simd, tiles, &mut rooms, words, next);
-                }
-            }
-        }
-    }
-}
-
-impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
-    /// The first tile of a word, and the last where that is another; there is none beyond the last of all.
-    #[inline(always)]
-    fn tiles_of(&self, word: usize) -> [Option<usize>; 2] {
-        let tile = |i: usize| Some(self.tiles.start + word * W::PER_WORD + i).filter(|tile| *tile < self.tiles.end);
-        [tile(0), if W::PER_WORD > 1 { tile(W::PER_WORD - 1) } else { None }]
-    }
-
-    /// What a tile sees of the input.
-    #[inline(always)]
-    fn inputs_of(&self, tile: usize) -> Window<'_, T> {
-        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.grid.place(tile));
-        let first = [top, left].map(|at| at as isize - 1);
-        Window::new(self.x, image, [h, w, c], first, slots_of::<M>())
-    }
-
-    /// The gradients of a tile's outputs.
-    #[inline(always)]
-    fn gradients_of(&self, tile: usize) -> Window<'_, T> {
-        let ([oh, ow], o, Place { image, top, left }) = (self.shape.output(), self.shape.o, self.grid.place(tile));
-        Window::new(self.dy, image, [oh, ow, o], [top as isize, left as isize], M)
     }
 }
 
@@ -297,11 +233,11 @@ impl<W: Float> Task for Multiply<'_, W> {
 }
 
 /// `G^T m G` of some channels of a filter.
-struct ToFilter<'a, W, const M: usize> {
-    /// From the first of the filter's sums on, `[position][..][column]`.
+struct ToFilter<'a, W, const STRIDE: usize, const M: usize> {
+    /// From the first of the filter's sums on, `[value][..][column]`.
     sums: &'a [f32],
-    /// Values of a position.
-    position: usize,
+    /// Sums from one value to the next.
+    value_len: usize,
     filter: usize,
     channels: Range<usize>,
     /// All channels.
@@ -311,15 +247,16 @@ struct ToFilter<'a, W, const M: usize> {
     products: PhantomData<W>,
 }
 
-impl<W: Float, const M: usize> Task for ToFilter<'_, W, M> {
+impl<W: Float, const STRIDE: usize, const M: usize> Task for ToFilter<'_, W, STRIDE, M> {
     type Output = ();
     const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (steps, columns) = ([slots_of::<M>() * self.position, self.position], self.channels.len());
+        let (steps, columns) =
+            ([FilterGradient::<W, STRIDE, M>::VALUES * self.value_len, self.value_len], self.channels.len());
         assert!(columns.is_multiple_of(S::LANES) && self.channels.end <= self.c);
-        assert!(self.sums.len() >= (slots_of::<M>().pow(2) - 1) * self.position + columns);
+        assert!(self.sums.len() >= (FilterGradient::<W, STRIDE, M>::VALUES.pow(2) - 1) * self.value_len + columns);
         let mut room = Room::new();
         for column in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `column` on is there at every position; these channels of the filter, of which each
@@ -328,7 +265,7 @@ impl<W: Float, const M: usize> Task for ToFilter<'_, W, M> {
                 let sums = Plane { first: self.sums.as_ptr().add(column).cast_mut(), steps };
                 let first = self.out.pointer().add(self.filter * TAPS * TAPS * self.c + self.channels.start + column);
                 let out = Plane { first, steps: [TAPS * self.c, self.c] };
-                along_both::<FilterGradient<W, M>, S>(simd, &mut room, sums, out);
+                along_both::<FilterGradient<W, STRIDE, M>, FilterGradient<W, STRIDE, M>, S>(simd, &mut room, sums, out);
             }
         }
     }

@@ -1,0 +1,102 @@
+//! Tiles of a stride of two, which end where the image does: others would be a third larger than images of 14 or 7 outputs.
+
+use super::super::axes::*;
+use super::super::parts::{Extents, Part, Place};
+use super::super::tiles::{self, Inputs};
+use super::super::transforms::*;
+use super::super::window::Window;
+use super::sums::Layout;
+use crate::cpu::float::Float;
+use crate::cpu::gemm::Output;
+use crate::cpu::parallel::for_each;
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
+use std::ops::Range;
+
+const STRIDE: usize = 2;
+/// Tiles a task transforms.
+const BLOCK_TILES: usize = 8;
+
+/// What is transformed, and how the results lie.
+pub(super) struct Tiles<'a, T> {
+    pub(super) x: &'a [T],
+    pub(super) dy: &'a [T],
+    pub(super) extents: Extents,
+    pub(super) part: &'a Part,
+    pub(super) layout: Layout,
+}
+
+impl<T: Float> Tiles<'_, T> {
+    /// Transforms inputs and gradients, to as much room as the layout says. A tile has the slots and positions of its extents alone, and
+    /// the others of its values are not written.
+    pub(super) fn transform<W: Float>(&self, isa: Isa, inputs: &Output<W>, gradients: &Output<W>) {
+        assert_eq!(W::PER_WORD, 1, "the tiles of a word would need the same extents");
+        let &Tiles { x, dy, extents, part, layout } = self;
+        let (count, width) = (part.places.len(), layout.width);
+        let slot = layout.inputs(count);
+        let row = Input::<W, STRIDE, 4>::RESULTS * slot;
+        let to_inputs = tiles::Layout { row, slot, tile: width, block: count * width, words: width };
+        for_each(count.div_ceil(BLOCK_TILES), |block| {
+            let tiles = block * BLOCK_TILES..count.min((block + 1) * BLOCK_TILES);
+            let (to, channels) = (inputs, 0..extents.input[2]);
+            let of_inputs =
+                Inputs::<T, W, STRIDE> { x, extents, part, tiles: tiles.clone(), channels, to, layout: to_inputs };
+            dispatch(isa, of_inputs);
+            dispatch(isa, Gradients { dy, extents, part, tiles, layout, to: gradients });
+        });
+    }
+}
+
+/// `A dy A^T` of some tiles.
+struct Gradients<'a, T, W> {
+    dy: &'a [T],
+    extents: Extents,
+    part: &'a Part,
+    tiles: Range<usize>,
+    layout: Layout,
+    to: &'a Output<W>,
+}
+
+impl<T: Float, W: Float> Task for Gradients<'_, T, W> {
+    type Output = ();
+    const BF16: bool = T::PER_WORD > 1;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (o, step) = (self.extents.output[2], self.layout.gradients(self.part.places.len()));
+        assert!(o.is_multiple_of(S::LANES), "channels are whole vectors");
+        let mut rooms = [Room::new(), Room::new()];
+        let start = |tile: usize, channel: usize| {
+            self.to.pointer().wrapping_add(tile * self.layout.word_of_gradients + channel)
+        };
+        for tile in self.tiles.clone() {
+            let following = self.tiles.end.min(tile + 2) - 1;
+            let (window, next) = (&self.window(tile), &self.window(following));
+            let [down, across] = self.part.outputs[self.part.class_of(tile)];
+            for channel in (0..o).step_by(S::LANES) {
+                let pixels = Pixels { window, next: (next, const { axis::<W>(STRIDE).outputs }), channel };
+                let after = if channel + S::LANES < o { start(tile, channel + S::LANES) } else { start(following, 0) };
+                let to = Plane { first: start(tile, channel), steps: [Gradient::<W, STRIDE, 4>::RESULTS * step, step] };
+                with_outputs!(@ axis::<W>(STRIDE), down, DOWN {
+                    with_outputs!(@ axis::<W>(STRIDE), across, ACROSS {
+                        // SAFETY: pixels have `o` values; there is room for each tile at each position, and these are this task's.
+                        unsafe {
+                            transform_words::<Gradient<W, STRIDE, DOWN>, Gradient<W, STRIDE, ACROSS>, S, W>(
+                                simd, [pixels; 2], &mut rooms, to, after,
+                            );
+                        }
+                    }, 1 2 3)
+                }, 1 2 3);
+            }
+        }
+    }
+}
+
+impl<T: Float, W: Float> Gradients<'_, T, W> {
+    /// The gradients of a tile's outputs.
+    #[inline(always)]
+    fn window(&self, tile: usize) -> Window<'_, T> {
+        let Place { image, top, left } = self.part.places[tile];
+        let first = [top as isize, left as isize];
+        Window::new(self.dy, image, self.extents.output, first, const { axis::<W>(STRIDE).outputs })
+    }
+}
