@@ -3,6 +3,7 @@
 //! Filters are transformed beforehand. A block of tiles goes all the way, its inputs transformed, multiplied panel by panel at
 //! all positions and transformed back, while everything in between stays in L2.
 
+use super::ahead::PixelRows;
 use super::axes::*;
 use super::check_operands;
 use super::parts::{Extents, Part, TileGrid};
@@ -11,7 +12,7 @@ use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Far, Output, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Far, Output, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -143,7 +144,8 @@ pub fn forward<T: Float, W: Float>(
 ) {
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     let extents = Extents::of(shape);
-    let tiles = TileGrid::new(extents, axis::<W>(1).outputs).count();
+    let grid = TileGrid::new(extents, axis::<W>(1).outputs);
+    let tiles = grid.count();
     if tiles == 0 {
         return;
     }
@@ -161,12 +163,23 @@ pub fn forward<T: Float, W: Float>(
         let part = &Part::new(extents, axis::<W>(1), start(block)..start(block + 1));
         let panels = first.min(panels)..(first + group).min(panels);
         let outputs = Outputs { part, extents, epilogue, y: &out, transform: PhantomData };
-        forward_block(x, filter, &outputs, panels);
+        // What will be written, and what the next block reads.
+        let (now, next) = (start(block)..start(block + 1), start(block + 1)..start(block + 2));
+        let written = PixelRows::new(out.pointer().cast_const(), extents.output, grid, now);
+        let read = PixelRows::new(x.as_ptr(), extents.input, grid, next);
+        forward_block(x, filter, &outputs, panels, [written, read]);
     });
 }
 
-/// The outputs of some panels of filters in all tiles of a part.
-fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: &Outputs<T, W>, panels: Range<usize>) {
+/// The outputs of some panels of filters in all tiles of a part. What is written afterwards is asked for with the first panel's products, what the
+/// next part reads with the last's.
+fn forward_block<T: Float, W: Float>(
+    x: &[T],
+    filter: &BlockFilter<W>,
+    outputs: &Outputs<T, W>,
+    panels: Range<usize>,
+    [written, read]: [PixelRows; 2],
+) {
     let (part, extents, isa) = (outputs.part, outputs.extents, filter.isa);
     let ([_, _, c], [_, _, o]) = (extents.input, extents.output);
     let (count, across, width) = (part.places.len(), values::<W>(1), isa.tile_columns());
@@ -180,10 +193,11 @@ fn forward_block<T: Float, W: Float>(x: &[T], filter: &BlockFilter<W>, outputs: 
     let to = &Output::new(&mut inputs);
     dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
-    for panel in panels {
+    for panel in panels.clone() {
+        let ahead = [(panel == panels.start).then_some(written), (panel + 1 == panels.end).then_some(read)];
         let channels = panel * width..o.min((panel + 1) * width);
         let (inputs, columns) = (&*inputs, channels.len());
-        dispatch(isa, Panel { inputs, part, filter, panel, columns, products: &mut products });
+        dispatch(isa, Panel { inputs, part, filter, panel, columns, ahead, products: &mut products });
         finish::<T, W, 1>(isa, outputs, &products, channels);
     }
 }
@@ -196,6 +210,7 @@ struct Panel<'a, W> {
     filter: &'a BlockFilter<W>,
     panel: usize,
     columns: usize,
+    ahead: [Option<PixelRows>; 2],
     products: &'a mut [f32],
 }
 
@@ -217,6 +232,7 @@ impl<W: Float> Task for Panel<'_, W> {
         };
         let runs =
             [false, true].map(|bottom| [false, true].map(|right| runs_of(self.part.tiles_having([bottom, right]))));
+        let mut pixels = self.ahead;
         for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
@@ -228,7 +244,12 @@ impl<W: Float> Task for Panel<'_, W> {
             let groups = runs.chunks_exact(1).enumerate();
             for ((i, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
                 let extents = [TILE_ROWS.min(tiles.len() - i * TILE_ROWS), self.columns];
-                let ahead = Far::share(next, words * width, [i, count], words);
+                let Far([first, second]) = Far::share(next, words * width, [i, count], words);
+                let [written, read] = pixels.each_mut().map(|rows| match rows {
+                    Some(rows) => rows.next(words),
+                    None => Stream::new(next, 0, words),
+                });
+                let ahead = Far([first, second, written, read]);
                 let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
                 let tile = Tile { first: position * words, ..tile };
                 // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full

@@ -10,6 +10,7 @@
 //! Whether it is used depends on the filter alone, never on the batch: a picture's features must not depend on its company.
 //! Transforms are f32. Products of bf16 are taken as they are where the machine has an instruction for them, else they are f32 too.
 
+mod ahead;
 mod axes;
 pub mod blocks;
 mod few;

@@ -67,6 +67,11 @@ impl TileGrid {
         TileGrid { images, across: [h, w].map(|extent| extent.div_ceil(outputs)), outputs }
     }
 
+    /// Outputs of a tile along an axis.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
     pub fn count(&self) -> usize {
         self.images * self.across[0] * self.across[1]
     }
