@@ -6,21 +6,21 @@ use crate::cpu::gemm::Stream;
 use std::ops::Range;
 
 /// The pixels of some tiles, a row of a tile at a time, whose pixels lie together.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct PixelRows {
     first: *const f32,
-    /// Rows, and floats of a row and of one of a tile.
+    grid: TileGrid,
+    /// Rows of an image, and floats of such a row and of a pixel.
     height: usize,
     row: usize,
-    row_of_tile: usize,
-    grid: TileGrid,
-    /// Tiles before the end, and the rows left of the first of them.
-    tiles: [usize; 2],
-    rows_left: usize,
+    pixel: usize,
+    /// Rows of tiles that are left.
+    rows: Range<usize>,
 }
 
 impl PixelRows {
-    /// Of an image of as many pixels as the output that the grid is of, from `first` on.
+    /// Of images with as many pixels as the outputs that the grid is of, from `first` on. Tiles, and rows of a tile, may be beyond those that
+    /// there are.
     pub(super) fn new<T>(
         first: *const T,
         [height, width, channels]: [usize; 3],
@@ -28,31 +28,43 @@ impl PixelRows {
         tiles: Range<usize>,
     ) -> Self {
         let pixel = channels * size_of::<T>() / size_of::<f32>();
-        let [row, row_of_tile] = [width * pixel, grid.outputs() * pixel];
-        PixelRows {
-            first: first.cast(),
-            height,
-            row,
-            row_of_tile,
-            grid,
-            tiles: [tiles.start, tiles.end],
-            rows_left: grid.outputs(),
-        }
+        let rows = tiles.start * grid.outputs()..tiles.end * grid.outputs();
+        PixelRows { first: first.cast(), grid, height, row: width * pixel, pixel, rows }
     }
 
     /// The next row, to be asked for while `words` words are multiplied; nothing after the last.
     pub(super) fn next(&mut self, words: usize) -> Stream {
-        let [tile, end] = self.tiles;
-        if tile >= end {
-            return Stream::new(self.first, 0, words);
+        let Range { start, end } = self.next_floats().unwrap_or(0..0);
+        Stream::new(self.first.wrapping_add(start), end - start, words)
+    }
+
+    /// Where it lies, in floats from the first.
+    fn next_floats(&mut self) -> Option<Range<usize>> {
+        let (row, outputs) = (self.rows.next()?, self.grid.outputs());
+        let Place { image, top, left } = self.grid.place(row / outputs);
+        let start = (image * self.height + top + row % outputs) * self.row + left * self.pixel;
+        Some(start..start + outputs * self.pixel)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parts::Extents;
+    use super::*;
+
+    #[test]
+    fn rows_of_tiles_are_their_pixels() {
+        let (n, image) = (2, [8, 12, 3]);
+        let extents = Extents { images: n, input: image, output: image };
+        let (grid, values) = (TileGrid::new(extents, 4), n * image.iter().product::<usize>());
+        let mut asked = vec![0; values];
+        // In two pieces, the second of which has what the first has not.
+        for tiles in [0..5, 5..grid.count()] {
+            let mut rows = PixelRows::new(asked.as_ptr().cast::<f32>(), image, grid, tiles);
+            while let Some(floats) = rows.next_floats() {
+                asked[floats].iter_mut().for_each(|times| *times += 1);
+            }
         }
-        let Place { image, top, left } = self.grid.place(tile);
-        let row = image * self.height + top + self.grid.outputs() - self.rows_left;
-        let start = row * self.row + left * (self.row_of_tile / self.grid.outputs());
-        self.rows_left -= 1;
-        if self.rows_left == 0 {
-            (self.tiles[0], self.rows_left) = (tile + 1, self.grid.outputs());
-        }
-        Stream::new(self.first.wrapping_add(start), self.row_of_tile, words)
+        assert!(asked.iter().all(|&times| times == 1), "{asked:?}");
     }
 }

@@ -194,7 +194,7 @@ fn forward_block<T: Float, W: Float>(
     dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
     for panel in panels.clone() {
-        let ahead = [(panel == panels.start).then_some(written), (panel + 1 == panels.end).then_some(read)];
+        let ahead = [(panel == panels.start).then(|| written.clone()), (panel + 1 == panels.end).then(|| read.clone())];
         let channels = panel * width..o.min((panel + 1) * width);
         let (inputs, columns) = (&*inputs, channels.len());
         dispatch(isa, Panel { inputs, part, filter, panel, columns, ahead, products: &mut products });
