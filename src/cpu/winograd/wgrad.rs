@@ -59,7 +59,7 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
 /// [`backward_filter`] with products of type `W`; with a stride they are f32.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
     match (shape.stride, const { axis::<W>(1).outputs }) {
-        ([2, 2], _) => backward_filter_of::<T, f32, 2, 4>(isa, x, dy, shape, dfilter),
+        ([2, 2], _) => backward_filter_of::<T, f32, 2, { strided::WHOLE }>(isa, x, dy, shape, dfilter),
         (_, 7) if takes_sevens(shape) => backward_filter_of::<T, W, 1, 7>(isa, x, dy, shape, dfilter),
         _ => backward_filter_of::<T, W, 1, 4>(isa, x, dy, shape, dfilter),
     }

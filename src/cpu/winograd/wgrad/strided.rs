@@ -13,6 +13,8 @@ use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use std::ops::Range;
 
 const STRIDE: usize = 2;
+/// Outputs of a whole tile along an axis.
+pub(super) const WHOLE: usize = axis::<f32>(STRIDE).outputs;
 /// Tiles a task transforms.
 const BLOCK_TILES: usize = 8;
 
@@ -33,7 +35,7 @@ impl<T: Float> Tiles<'_, T> {
         let &Tiles { x, dy, extents, part, layout } = self;
         let (count, width) = (part.places.len(), layout.width);
         let slot = layout.inputs(count);
-        let row = Input::<W, STRIDE, 4>::RESULTS * slot;
+        let row = Input::<W, STRIDE, WHOLE>::RESULTS * slot;
         let to_inputs = tiles::Layout { row, slot, tile: width, block: count * width, words: width };
         for_each(count.div_ceil(BLOCK_TILES), |block| {
             let tiles = block * BLOCK_TILES..count.min((block + 1) * BLOCK_TILES);
@@ -73,9 +75,10 @@ impl<T: Float, W: Float> Task for Gradients<'_, T, W> {
             let (window, next) = (&self.window(tile), &self.window(following));
             let [down, across] = self.part.outputs[self.part.class_of(tile)];
             for channel in (0..o).step_by(S::LANES) {
-                let pixels = Pixels { window, next: (next, const { axis::<W>(STRIDE).outputs }), channel };
+                let pixels = Pixels { window, next: (next, WHOLE), channel };
                 let after = if channel + S::LANES < o { start(tile, channel + S::LANES) } else { start(following, 0) };
-                let to = Plane { first: start(tile, channel), steps: [Gradient::<W, STRIDE, 4>::RESULTS * step, step] };
+                let to =
+                    Plane { first: start(tile, channel), steps: [Gradient::<W, STRIDE, WHOLE>::RESULTS * step, step] };
                 with_outputs!(@ axis::<W>(STRIDE), down, DOWN {
                     with_outputs!(@ axis::<W>(STRIDE), across, ACROSS {
                         // SAFETY: pixels have `o` values; there is room for each tile at each position, and these are this task's.
@@ -97,6 +100,6 @@ impl<T: Float, W: Float> Gradients<'_, T, W> {
     fn window(&self, tile: usize) -> Window<'_, T> {
         let Place { image, top, left } = self.part.places[tile];
         let first = [top as isize, left as isize];
-        Window::new(self.dy, image, self.extents.output, first, const { axis::<W>(STRIDE).outputs })
+        Window::new(self.dy, image, self.extents.output, first, WHOLE)
     }
 }
