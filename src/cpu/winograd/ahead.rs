@@ -6,7 +6,6 @@ use crate::cpu::gemm::Stream;
 use std::ops::Range;
 
 /// The pixels of some tiles, a row of a tile at a time, whose pixels lie together.
-#[derive(Clone)]
 pub(super) struct PixelRows {
     first: *const f32,
     grid: TileGrid,
@@ -30,6 +29,11 @@ impl PixelRows {
         let pixel = channels * size_of::<T>() / size_of::<f32>();
         let rows = tiles.start * grid.outputs()..tiles.end * grid.outputs();
         PixelRows { first: first.cast(), grid, height, row: width * pixel, pixel, rows }
+    }
+
+    /// These rows, or none of them.
+    pub(super) fn when(&self, wanted: bool) -> Self {
+        PixelRows { rows: if wanted { self.rows.clone() } else { 0..0 }, ..*self }
     }
 
     /// The next row, to be asked for while `words` words are multiplied; nothing after the last.

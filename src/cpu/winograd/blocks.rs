@@ -12,7 +12,7 @@ use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Far, Output, Stream, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Far, Output, TILE_ROWS, Tile};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -194,7 +194,7 @@ fn forward_block<T: Float, W: Float>(
     dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
     for panel in panels.clone() {
-        let ahead = [(panel == panels.start).then(|| written.clone()), (panel + 1 == panels.end).then(|| read.clone())];
+        let ahead = [written.when(panel == panels.start), read.when(panel + 1 == panels.end)];
         let channels = panel * width..o.min((panel + 1) * width);
         let (inputs, columns) = (&*inputs, channels.len());
         dispatch(isa, Panel { inputs, part, filter, panel, columns, ahead, products: &mut products });
@@ -210,7 +210,7 @@ struct Panel<'a, W> {
     filter: &'a BlockFilter<W>,
     panel: usize,
     columns: usize,
-    ahead: [Option<PixelRows>; 2],
+    ahead: [PixelRows; 2],
     products: &'a mut [f32],
 }
 
@@ -245,10 +245,7 @@ impl<W: Float> Task for Panel<'_, W> {
             for ((i, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
                 let extents = [TILE_ROWS.min(tiles.len() - i * TILE_ROWS), self.columns];
                 let Far([first, second]) = Far::share(next, words * width, [i, count], words);
-                let [written, read] = pixels.each_mut().map(|rows| match rows {
-                    Some(rows) => rows.next(words),
-                    None => Stream::new(next, 0, words),
-                });
+                let [written, read] = pixels.each_mut().map(|rows| rows.next(words));
                 let ahead = Far([first, second, written, read]);
                 let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
                 let tile = Tile { first: position * words, ..tile };

@@ -37,10 +37,15 @@ const MAX_CHANNELS_OF_FEW: usize = 256;
 /// Pixels that are enough for more channels.
 const MANY_PIXELS: usize = 512;
 
+/// Whether products are f32, whatever activations are.
+fn multiplies_f32<T: Float>(isa: Isa) -> bool {
+    T::PER_WORD == 1 || !super::multiplies::<T>(isa)
+}
+
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
-    let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
+    let exact = multiplies_f32::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
     // With a stride little more than half of the products are left: tiles, and pairs of bf16, multiply all of them sooner.
@@ -88,7 +93,7 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize, const M: usize>(
     if grid.count() == 0 {
         return dfilter.fill(0.0);
     }
-    let (all, panels, width) = (Sums::<W, STRIDE, M>::VALUES, sums.layout.panels, sums.layout.width);
+    let (all, panels, width) = (Sums::<W, STRIDE, M>::ALL_VALUES, sums.layout.panels, sums.layout.width);
     let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count());
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
@@ -126,7 +131,7 @@ const GROUPS: usize = 8;
 
 /// Whether [`backward_filter_by_pictures`] is for this convolution: a picture's tiles take more room than the sums.
 pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
-    let outputs = if T::PER_WORD == 1 || !super::multiplies::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
+    let outputs = if multiplies_f32::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
     let tiles = TileGrid::new(Extents { images: 1, ..Extents::of(shape) }, outputs).count();
     shape.stride == [1, 1] && suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
 }
@@ -141,10 +146,10 @@ pub fn backward_filter_by_pictures<T: Float>(
     dfilter: &mut [f32],
 ) {
     assert!(suits_pictures::<T>(isa, shape), "a convolution that this is for");
-    match (super::multiplies::<T>(isa), T::PER_WORD) {
-        (true, 2) => by_pictures_of::<T, T, 4>(isa, x, shape, make, dfilter),
-        _ if takes_sevens(shape) => by_pictures_of::<T, f32, 7>(isa, x, shape, make, dfilter),
-        _ => by_pictures_of::<T, f32, 4>(isa, x, shape, make, dfilter),
+    match multiplies_f32::<T>(isa) {
+        false => by_pictures_of::<T, T, 4>(isa, x, shape, make, dfilter),
+        true if takes_sevens(shape) => by_pictures_of::<T, f32, 7>(isa, x, shape, make, dfilter),
+        true => by_pictures_of::<T, f32, 4>(isa, x, shape, make, dfilter),
     }
 }
 
@@ -180,6 +185,6 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
         }
     });
     let (mut total, value_len) = (Scratch::<f32>::take(sums.len()), sums.value_len()[0]);
-    reduce(&totals, groups, Sums::<W, 1, M>::VALUES, value_len, value_len, &mut total, Order::RowMajor);
+    reduce(&totals, groups, Sums::<W, 1, M>::ALL_VALUES, value_len, value_len, &mut total, Order::RowMajor);
     sums.finish_all(&total, &Output::new(dfilter));
 }

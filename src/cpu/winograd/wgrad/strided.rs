@@ -18,34 +18,27 @@ pub(super) const WHOLE: usize = axis::<f32>(STRIDE).outputs;
 /// Tiles a task transforms.
 const BLOCK_TILES: usize = 8;
 
-/// What is transformed, and how the results lie.
-pub(super) struct Tiles<'a, T> {
-    pub(super) x: &'a [T],
-    pub(super) dy: &'a [T],
-    pub(super) extents: Extents,
-    pub(super) part: &'a Part,
-    pub(super) layout: Layout,
-}
-
-impl<T: Float> Tiles<'_, T> {
-    /// Transforms inputs and gradients, to as much room as the layout says. A tile has the slots and positions of its extents alone, and
-    /// the others of its values are not written.
-    pub(super) fn transform<W: Float>(&self, isa: Isa, inputs: &Output<W>, gradients: &Output<W>) {
-        assert_eq!(W::PER_WORD, 1, "the tiles of a word would need the same extents");
-        let &Tiles { x, dy, extents, part, layout } = self;
-        let (count, width) = (part.places.len(), layout.width);
-        let slot = layout.inputs(count);
-        let row = Input::<W, STRIDE, WHOLE>::RESULTS * slot;
-        let to_inputs = tiles::Layout { row, slot, tile: width, block: count * width, words: width };
-        for_each(count.div_ceil(BLOCK_TILES), |block| {
-            let tiles = block * BLOCK_TILES..count.min((block + 1) * BLOCK_TILES);
-            let (to, channels) = (inputs, 0..extents.input[2]);
-            let of_inputs =
-                Inputs::<T, W, STRIDE> { x, extents, part, tiles: tiles.clone(), channels, to, layout: to_inputs };
-            dispatch(isa, of_inputs);
-            dispatch(isa, Gradients { dy, extents, part, tiles, layout, to: gradients });
-        });
-    }
+/// Transforms the tiles of a part, of inputs and of gradients, to as much room as the layout says. A tile has the slots and positions of its
+/// extents alone, and the others of its values are not written.
+pub(super) fn transform<T: Float, W: Float>(
+    isa: Isa,
+    [x, dy]: [&[T]; 2],
+    extents: Extents,
+    part: &Part,
+    layout: Layout,
+    [to, gradients]: [&Output<W>; 2],
+) {
+    assert_eq!(W::PER_WORD, 1, "the tiles of a word would need the same extents");
+    let (count, width) = (part.places.len(), layout.width);
+    let slot = layout.inputs(count);
+    let row = Input::<W, STRIDE, WHOLE>::RESULTS * slot;
+    let inputs = tiles::Layout { row, slot, tile: width, block: count * width, words: width };
+    for_each(count.div_ceil(BLOCK_TILES), |block| {
+        let tiles = block * BLOCK_TILES..count.min((block + 1) * BLOCK_TILES);
+        let (of_inputs, channels) = (tiles.clone(), 0..extents.input[2]);
+        dispatch(isa, Inputs::<T, W, STRIDE> { x, extents, part, tiles: of_inputs, channels, to, layout: inputs });
+        dispatch(isa, Gradients { dy, extents, part, tiles, layout, to: gradients });
+    });
 }
 
 /// `A dy A^T` of some tiles.

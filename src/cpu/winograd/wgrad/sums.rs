@@ -38,16 +38,19 @@ impl<W: Float> Transformed<W> {
     /// The words of tiles that have a slot.
     fn having<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> Range<usize> {
         let Some(part) = &self.part else { return 0..self.words };
-        let [[down, _], .., [_, across]] = part.outputs;
+        // Of the tile in the corner.
+        let [.., [down, across]] = part.outputs;
         part.tiles_having([Slots::<W, STRIDE>::has(down, i), Slots::<W, STRIDE>::has(across, j)])
     }
 }
 
 impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
-    /// Slots of a tile, and positions of its gradients, and values of a filter.
-    const SLOTS: usize = Input::<W, STRIDE, M>::RESULTS.pow(2);
-    const POSITIONS: usize = Gradient::<W, STRIDE, M>::RESULTS.pow(2);
-    pub(super) const VALUES: usize = FilterGradient::<W, STRIDE, M>::VALUES.pow(2);
+    /// Along an axis, slots of a tile, positions of its gradients, and values of a filter.
+    const SLOTS: usize = Input::<W, STRIDE, M>::RESULTS;
+    const POSITIONS: usize = Gradient::<W, STRIDE, M>::RESULTS;
+    const VALUES: usize = FilterGradient::<W, STRIDE, M>::VALUES;
+    /// Values of a filter along both.
+    pub(super) const ALL_VALUES: usize = Self::VALUES.pow(2);
 
     pub(super) fn new(isa: Isa, c: usize, o: usize) -> Self {
         let width = isa.tile_columns();
@@ -67,7 +70,7 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
     }
 
     pub(super) fn len(&self) -> usize {
-        Self::VALUES * self.value_len()[0]
+        Self::ALL_VALUES * self.value_len()[0]
     }
 
     /// How many tiles take so many bytes when they are transformed, but one at least.
@@ -77,14 +80,13 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
 
     /// Values that a tile has when it is transformed.
     pub(super) fn transformed(&self) -> usize {
-        Self::SLOTS * self.c + Self::POSITIONS * self.o
+        Self::SLOTS.pow(2) * self.c + Self::POSITIONS.pow(2) * self.o
     }
 
     /// The slots, down and across, whose products are summed for a value.
     fn slots_of(value: usize) -> impl Iterator<Item = [usize; 2]> {
-        let [slots, values] = const { [Input::<W, STRIDE, M>::RESULTS, FilterGradient::<W, STRIDE, M>::VALUES] };
-        let along = move |value: usize| (0..slots).filter(move |&slot| Slots::<W, STRIDE>::value(slot) == value);
-        along(value / values).flat_map(move |i| along(value % values).map(move |j| [i, j]))
+        let along = |value: usize| (0..Self::SLOTS).filter(move |&slot| Slots::<W, STRIDE>::value(slot) == value);
+        along(value / Self::VALUES).flat_map(move |i| along(value % Self::VALUES).map(move |j| [i, j]))
     }
 
     pub(super) fn transform<T: Float>(
@@ -95,14 +97,14 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         tiles: Range<usize>,
     ) -> Transformed<W> {
         let (layout, words) = (self.layout, tiles.len().div_ceil(W::PER_WORD));
-        let mut inputs = Scratch::<W>::take(Self::SLOTS * layout.inputs(words));
-        let mut gradients = Scratch::<W>::take(Self::POSITIONS * layout.gradients(words));
-        let (to_inputs, to_gradients) = (&Output::new(&mut inputs), &Output::new(&mut gradients));
+        let mut inputs = Scratch::<W>::take(Self::SLOTS.pow(2) * layout.inputs(words));
+        let mut gradients = Scratch::<W>::take(Self::POSITIONS.pow(2) * layout.gradients(words));
+        let to = [&Output::new(&mut inputs), &Output::new(&mut gradients)];
         let (extents, isa) = (Extents::of(shape), self.isa);
         let part = (STRIDE == 2).then(|| Part::new(extents, axis::<W>(STRIDE), tiles.clone()));
         match &part {
-            Some(part) => strided::Tiles { x, dy, extents, part, layout }.transform(isa, to_inputs, to_gradients),
-            None => whole::transform::<T, W, M>(isa, [x, dy], shape, tiles, layout, [to_inputs, to_gradients]),
+            Some(part) => strided::transform(isa, [x, dy], extents, part, layout, to),
+            None => whole::transform::<T, W, M>(isa, [x, dy], extents, tiles, layout, to),
         }
         Transformed { inputs, gradients, words, part }
     }
@@ -117,15 +119,15 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         sums: &mut [f32],
     ) {
         let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
-        let [slots, positions] = const { [Input::<W, STRIDE, M>::RESULTS, Gradient::<W, STRIDE, M>::RESULTS] };
         let [panel_len, slot_len] = [tiles.words * word_of_inputs, self.layout.inputs(tiles.words)];
         let position_len = self.layout.gradients(tiles.words);
         let mut first = first;
         for slot @ [i, j] in Self::slots_of(value) {
             let words = tiles.having::<STRIDE>(slot);
             let position = slot.map(Slots::<W, STRIDE>::position);
-            let inputs = &tiles.inputs[(i * slots + j) * slot_len + panel * panel_len..][..panel_len];
-            let gradients = &tiles.gradients[(position[0] * positions + position[1]) * position_len..][..position_len];
+            let position = position[0] * Self::POSITIONS + position[1];
+            let inputs = &tiles.inputs[(i * Self::SLOTS + j) * slot_len + panel * panel_len..][..panel_len];
+            let gradients = &tiles.gradients[position * position_len..][..position_len];
             let inputs = &inputs[words.start * word_of_inputs..words.end * word_of_inputs];
             let gradients = &gradients[words.start * word..words.end * word];
             let filters = filters.clone();
@@ -259,7 +261,7 @@ impl<W: Float, const STRIDE: usize, const M: usize> Task for ToFilter<'_, W, STR
         assert!(self.sums.len() >= (FilterGradient::<W, STRIDE, M>::VALUES.pow(2) - 1) * self.value_len + columns);
         let mut room = Room::new();
         for column in (0..columns).step_by(S::LANES) {
-            // SAFETY: as asserted, a vector from `column` on is there at every position; these channels of the filter, of which each
+            // SAFETY: as asserted, a vector from `column` on is there at every value; these channels of the filter, of which each
             // tap has `c`, are this task's alone.
             unsafe {
                 let sums = Plane { first: self.sums.as_ptr().add(column).cast_mut(), steps };

@@ -5,7 +5,6 @@ use super::super::parts::{Extents, Place, TileGrid};
 use super::super::transforms::*;
 use super::super::window::Window;
 use super::sums::Layout;
-use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
 use crate::cpu::parallel::for_each;
@@ -19,7 +18,7 @@ const BLOCK_WORDS: usize = 8;
 pub(super) fn transform<T: Float, W: Float, const M: usize>(
     isa: Isa,
     [x, dy]: [&[T]; 2],
-    shape: &ConvShape,
+    extents: Extents,
     tiles: Range<usize>,
     layout: Layout,
     [inputs, gradients]: [&Output<W>; 2],
@@ -27,8 +26,11 @@ pub(super) fn transform<T: Float, W: Float, const M: usize>(
     let words = tiles.len().div_ceil(W::PER_WORD);
     for_each(words.div_ceil(BLOCK_WORDS), |block| {
         let block = block * BLOCK_WORDS..words.min((block + 1) * BLOCK_WORDS);
-        let (tiles, grid) = (tiles.clone(), TileGrid::new(Extents::of(shape), M));
-        dispatch(isa, TransformTiles::<T, W, M> { x, dy, shape, grid, tiles, block, words, layout, inputs, gradients });
+        let (tiles, grid) = (tiles.clone(), TileGrid::new(extents, M));
+        dispatch(
+            isa,
+            TransformTiles::<T, W, M> { x, dy, extents, grid, tiles, block, words, layout, inputs, gradients },
+        );
     });
 }
 
@@ -36,7 +38,7 @@ pub(super) fn transform<T: Float, W: Float, const M: usize>(
 struct TransformTiles<'a, T, W, const M: usize> {
     x: &'a [T],
     dy: &'a [T],
-    shape: &'a ConvShape,
+    extents: Extents,
     grid: TileGrid,
     tiles: Range<usize>,
     block: Range<usize>,
@@ -53,7 +55,7 @@ impl<T: Float, W: Float, const M: usize> Task for TransformTiles<'_, T, W, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let ConvShape { c, o, .. } = *self.shape;
+        let Extents { input: [.., c], output: [.., o], .. } = self.extents;
         assert!(c.is_multiple_of(S::LANES) && o.is_multiple_of(S::LANES), "channels are whole vectors");
         let Layout { width, word_of_inputs, word_of_gradients, .. } = self.layout;
         let (inputs_len, gradients_len) = (self.layout.inputs(self.words), self.layout.gradients(self.words));
@@ -119,15 +121,15 @@ impl<T: Float, W: Float, const M: usize> TransformTiles<'_, T, W, M> {
     /// What a tile sees of the input.
     #[inline(always)]
     fn inputs_of(&self, tile: usize) -> Window<'_, T> {
-        let (ConvShape { h, w, c, .. }, Place { image, top, left }) = (*self.shape, self.grid.place(tile));
+        let Place { image, top, left } = self.grid.place(tile);
         let first = [top, left].map(|at| at as isize - 1);
-        Window::new(self.x, image, [h, w, c], first, Input::<W, 1, M>::VALUES)
+        Window::new(self.x, image, self.extents.input, first, Input::<W, 1, M>::VALUES)
     }
 
     /// The gradients of a tile's outputs.
     #[inline(always)]
     fn gradients_of(&self, tile: usize) -> Window<'_, T> {
-        let ([oh, ow], o, Place { image, top, left }) = (self.shape.output(), self.shape.o, self.grid.place(tile));
-        Window::new(self.dy, image, [oh, ow, o], [top as isize, left as isize], M)
+        let Place { image, top, left } = self.grid.place(tile);
+        Window::new(self.dy, image, self.extents.output, [top as isize, left as isize], M)
     }
 }
