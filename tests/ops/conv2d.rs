@@ -307,7 +307,6 @@ fn check_winograd_in<W: Float>(stride: usize, [n, h, w]: [usize; 3], c: usize, o
         };
         let filter = StripFilter::<W>::new(isa, &w, o, c);
         check("strips", &|epilogue, y| strips::forward(&x, &filter, &shape, epilogue, y));
-        // With a stride its products are f32.
         let mut dw = vec![f32::NAN; w.len()];
         wgrad::backward_filter_by::<f32, W>(isa, &x, &dy, &shape, &mut dw);
         // It has far more values than the others, each a sum over a few tiles, of which rounding does not average out.

@@ -1,9 +1,11 @@
 //! Transforms along both axes.
 
-use super::transforms::{MAX, Room, Transform, unrolled, vectors};
+use super::points::Axis;
+use super::transforms::{MAX, Room, Transform, unrolled, vectors, with_outputs};
 use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
@@ -126,18 +128,95 @@ impl<W: Float, S: Simd> Sink<S> for Words<W> {
     }
 }
 
-/// The transforms along the columns, `D`, and then along the rows, `A`.
+/// A transform along both axes.
+pub(super) trait AlongBoth: Copy {
+    /// Mark it `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// The source has a row for each value along the columns and a column for each along the rows, the sink room for each of their
+    /// results.
+    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>);
+}
+
+/// `D` along the columns, and then `A` along the rows.
+pub(super) struct Along<D, A>(PhantomData<(D, A)>);
+
+impl<D, A> Along<D, A> {
+    pub(super) fn new() -> Self {
+        Along(PhantomData)
+    }
+}
+
+impl<D, A> Clone for Along<D, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D, A> Copy for Along<D, A> {}
+
+impl<D: Transform, A: Transform> AlongBoth for Along<D, A> {
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+        // SAFETY: the contract.
+        unsafe {
+            along_columns::<D, S>(simd, room, source, A::VALUES);
+            along_rows::<A, S>(simd, room, 0..D::RESULTS, sink);
+        }
+    }
+}
+
+/// A transform of tiles, by their outputs along an axis.
+pub(super) trait OfTiles {
+    /// That of a tile of `M` outputs.
+    type Of<const M: usize>: Transform;
+    const AXIS: Axis;
+}
+
+/// That of a tile of so many outputs down and across.
+pub(super) struct OfTile<X> {
+    outputs: [usize; 2],
+    of: PhantomData<X>,
+}
+
+impl<X> OfTile<X> {
+    pub(super) fn new(outputs: [usize; 2]) -> Self {
+        OfTile { outputs, of: PhantomData }
+    }
+}
+
+impl<X> Clone for OfTile<X> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<X> Copy for OfTile<X> {}
+
+impl<X: OfTiles> AlongBoth for OfTile<X> {
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+        let [down, across] = self.outputs;
+        let columns = with_outputs!(X::AXIS, across, M => <X::Of<M> as Transform>::VALUES);
+        // SAFETY: the contract.
+        unsafe {
+            let rows = with_outputs!(X::AXIS, down, M => {
+                along_columns::<X::Of<M>, S>(simd, room, source, columns);
+                const { &<X::Of<M> as Transform>::GIVES }
+            });
+            let rows = (0..MAX).filter(|&i| rows[i]);
+            with_outputs!(X::AXIS, across, M => along_rows::<X::Of<M>, S>(simd, room, rows, sink));
+        }
+    }
+}
+
+/// `D` along so many columns, to the room.
 ///
 /// # Safety
-/// The source has a row for each value of `D` and a column for each of `A`, the sink room for each of their results.
+/// The source has as many, with a row for each value of `D`.
 #[inline(always)]
-pub(super) unsafe fn along_both<D: Transform, A: Transform, S: Simd>(
-    simd: S,
-    room: &mut Room,
-    source: impl Source<S>,
-    sink: impl Sink<S>,
-) {
-    for j in 0..A::VALUES {
+unsafe fn along_columns<D: Transform, S: Simd>(simd: S, room: &mut Room, source: impl Source<S>, columns: usize) {
+    for j in 0..columns {
         source.prefetch(simd, j);
         let results = match source.has_column(j) {
             true => {
@@ -149,19 +228,32 @@ pub(super) unsafe fn along_both<D: Transform, A: Transform, S: Simd>(
         };
         let room = room.at::<S>(0, j);
         unrolled!(I => {
-            if I < D::RESULTS {
+            if const { D::GIVES[I] } {
                 // SAFETY: vectors `[i, j]` of the room.
                 unsafe { simd.store(room.add(I * MAX * S::LANES), results[I]) };
             }
         });
     }
-    for i in 0..D::RESULTS {
+}
+
+/// `A` along some rows of the room.
+///
+/// # Safety
+/// Columns have stored a vector for each of these rows and each value of `A`; the sink has room for each of its results.
+#[inline(always)]
+unsafe fn along_rows<A: Transform, S: Simd>(
+    simd: S,
+    room: &mut Room,
+    rows: impl Iterator<Item = usize>,
+    sink: impl Sink<S>,
+) {
+    for i in rows {
         let room = room.at::<S>(i, 0);
-        // SAFETY: the columns have stored a vector for each result and each value.
+        // SAFETY: the contract.
         let row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
         let results = A::apply(simd, &row);
         unrolled!(J => {
-            if J < A::RESULTS {
+            if const { A::GIVES[J] } {
                 // SAFETY: the contract.
                 unsafe { sink.store(simd, i, J, results[J]) };
             }
@@ -169,13 +261,14 @@ pub(super) unsafe fn along_both<D: Transform, A: Transform, S: Simd>(
     }
 }
 
-/// [`along_both`] of the first and the last source of a word, to vectors of words; those from `next` on are to be stored next.
+/// A transform of the first and the last source of a word, to vectors of words; those from `next` on are to be stored next.
 ///
 /// # Safety
-/// As for [`along_both`], and `next` as `words`.
+/// As for [`AlongBoth::apply`], and `next` as `words`.
 #[inline(always)]
-pub(super) unsafe fn transform_words<D: Transform, A: Transform, S: Simd, W: Float>(
+pub(super) unsafe fn transform_words<S: Simd, W: Float>(
     simd: S,
+    transform: impl AlongBoth,
     [first, last]: [impl Source<S>; 2],
     [room, plane]: &mut [Room; 2],
     words: Plane<W>,
@@ -186,8 +279,8 @@ pub(super) unsafe fn transform_words<D: Transform, A: Transform, S: Simd, W: Flo
     // SAFETY: the room has as many vectors as a transform has results; the contract.
     unsafe {
         if W::PER_WORD > 1 {
-            along_both::<D, A, S>(simd, room, last, plane);
+            transform.apply(simd, room, last, plane);
         }
-        along_both::<D, A, S>(simd, room, first, Words { words, last: plane, next });
+        transform.apply(simd, room, first, Words { words, last: plane, next });
     }
 }

@@ -128,7 +128,14 @@ impl<W: Float> Task for FilterTransform<'_, W> {
             unsafe {
                 let (out, steps) = (self.out.pointer(), [values::<W>(1) * self.stride, self.stride]);
                 let words = Plane { first: out.add(at(column)), steps };
-                transform_words::<Filter<W, 1>, Filter<W, 1>, S, W>(simd, taps, &mut rooms, words, out.add(next));
+                transform_words(
+                    simd,
+                    Along::<Filter<W, 1>, Filter<W, 1>>::new(),
+                    taps,
+                    &mut rooms,
+                    words,
+                    out.add(next),
+                );
             }
         }
     }
@@ -160,7 +167,7 @@ pub fn forward<T: Float, W: Float>(
     for_each(groups * blocks, |task| {
         let (first, block) = (task / blocks * group, task % blocks);
         let start = |block: usize| tiles.min(block * pairs / blocks * 2);
-        let part = &Part::new(extents, axis::<W>(1), start(block)..start(block + 1));
+        let part = &Part::new(extents, axis::<W>(1), start(block)..start(block + 1), 1);
         let panels = first.min(panels)..(first + group).min(panels);
         let outputs = Outputs { part, extents, epilogue, y: &out, transform: PhantomData };
         // What will be written, and what the next block reads.

@@ -113,11 +113,11 @@ impl Part {
     /// Part `i` of `parts` of [`Part::all`].
     pub fn one_of(extents: Extents, axis: Axis, [i, parts]: [usize; 2]) -> Part {
         let count = TileGrid::new(extents, axis.outputs).count();
-        Part::new(extents, axis, piece(i, parts, count))
+        Part::new(extents, axis, piece(i, parts, count), 1)
     }
 
-    /// Some tiles.
-    pub fn new(extents: Extents, axis: Axis, tiles: Range<usize>) -> Part {
+    /// Some tiles, those of a class filled up to a multiple of `together` by tiles of an image beyond the last.
+    pub fn new(extents: Extents, axis: Axis, tiles: Range<usize>, together: usize) -> Part {
         let (output, grid, whole) = (extents.output, TileGrid::new(extents, axis.outputs), axis.outputs);
         let edges @ [down_edge, right_edge] = std::array::from_fn(|i| output[i] - (grid.across[i] - 1) * whole);
         let outputs = [[down_edge, whole], [whole; 2], [whole, right_edge], edges];
@@ -128,6 +128,11 @@ impl Part {
                 (CLASS[usize::from(bottom)][usize::from(right)], place)
             })
             .collect();
+        let beyond = Place { image: extents.images, top: 0, left: 0 };
+        for class in 0..CLASSES {
+            let count = places.iter().filter(|(of, _)| *of == class).count();
+            places.extend(std::iter::repeat_n((class, beyond), count.next_multiple_of(together) - count));
+        }
         places.sort_by_key(|(class, _)| *class);
         let start = |class: usize| places.partition_point(|(of, _)| *of < class);
         let classes: [Range<usize>; CLASSES] = std::array::from_fn(|class| start(class)..start(class + 1));

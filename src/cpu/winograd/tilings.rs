@@ -82,11 +82,6 @@ pub(super) const fn values<W: Float>(stride: usize) -> usize {
     value_of::<W>(stride, slots(axis::<W>(stride)) - 1) + 1
 }
 
-/// Those that tiles of `m` outputs use; with a stride, of a whole one.
-pub(super) const fn values_for<W: Float>(stride: usize, m: usize) -> usize {
-    if stride == 1 { m + TAPS - 1 } else { values::<W>(stride) }
-}
-
 /// The value of a slot.
 pub(super) const fn value_of<W: Float>(stride: usize, slot: usize) -> usize {
     let axis = axis::<W>(stride);

@@ -41,9 +41,7 @@ pub(super) use vectors;
 
 /// Runs `$body` with `$M` the constant that `$m` is, the outputs of a tile of `$axis`.
 macro_rules! with_outputs {
-    ($axis:expr, $m:expr, $M:ident => $body:expr) => {
-        with_outputs!(@ $axis, $m, $M $body, 1 2 3 5 6 7 8)
-    };
+    ($axis:expr, $m:expr, $M:ident => $body:expr) => { with_outputs!(@ $axis, $m, $M $body, 1 2 3 5 6 7 8) };
     (@ $axis:expr, $m:expr, $M:ident $body:expr, $($i:literal)*) => {
         match $m {
             $($i if const { $axis.outputs >= $i } => {
@@ -69,6 +67,8 @@ pub(super) trait Transform {
     const MATRIX: Square;
     const VALUES: usize;
     const RESULTS: usize;
+    /// Which results there are: smaller tiles lack some between others.
+    const GIVES: [bool; MAX] = not_zero(&Self::MATRIX);
     /// Where the rows of the matrix are the polynomials of [`input_matrix`]: the points of all of them.
     const POINTS: &'static [Point] = &[];
     /// Mark it `#[inline(always)]`.
@@ -112,12 +112,12 @@ transform!(
 );
 transform!(
     /// `A`: the gradients of a tile's `M` outputs to the positions.
-    Gradient<STRIDE, M>: M => positions(axis::<W>(STRIDE), M), transposed(&Sums::<W, STRIDE, M>::MATRIX), to_points
+    Gradient<STRIDE, M>: clamped::<W>(STRIDE, M) => positions(axis::<W>(STRIDE), clamped::<W>(STRIDE, M)),
+    transposed(&Sums::<W, STRIDE, M>::MATRIX), to_points
 );
 transform!(
-    /// `G^T`: sums at the values that a filter has for tiles of `M` outputs to its gradient.
-    FilterGradient<STRIDE, M>: values_for::<W>(STRIDE, M) => TAPS,
-    transposed(&first_rows(Filter::<W, STRIDE>::MATRIX, values_for::<W>(STRIDE, M))), from_points
+    /// `G^T`: sums at the values of a filter to its gradient.
+    FilterGradient<STRIDE>: values::<W>(STRIDE) => TAPS, transposed(&Filter::<W, STRIDE>::MATRIX), from_points
 );
 
 transform!(
@@ -176,14 +176,14 @@ const fn value_matrix<W: Float>(stride: usize) -> Square {
     out
 }
 
-/// Zeros after the first rows.
-const fn first_rows(mut matrix: Square, rows: usize) -> Square {
-    let mut i = rows;
-    while i < MAX {
-        matrix[i] = [0.0; MAX];
+/// Which rows have anything but zeros.
+const fn not_zero(matrix: &Square) -> [bool; MAX] {
+    let (mut out, mut i) = ([false; MAX], 0);
+    while i < MAX * MAX {
+        out[i / MAX] |= matrix[i / MAX][i % MAX] != 0.0;
         i += 1;
     }
-    matrix
+    out
 }
 
 /// Which other row is the same but for signs.

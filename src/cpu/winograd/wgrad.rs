@@ -6,9 +6,8 @@
 //! pair of channels at each position, is a matrix product over the tiles. With a stride inputs have more slots than filters have values and
 //! outputs positions: what belongs to a value is summed over its slots as well.
 
-mod strided;
 mod sums;
-mod whole;
+mod tiles;
 
 use super::Algorithm;
 use super::parts::{Extents, TileGrid, spread};
@@ -48,8 +47,8 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     let exact = multiplies_f32::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
-    // With a stride little more than half of the products are left: tiles, and pairs of bf16, multiply all of them sooner.
-    let saves = shape.stride == [1, 1] || (exact && !isa.has_tiles());
+    // With a stride little more than half of the products are left: tiles multiply all of them sooner.
+    let saves = shape.stride == [1, 1] || !isa.has_tiles();
     saves && enough && super::algorithm(isa, shape, shape.c, shape.o) != Algorithm::Direct
 }
 
@@ -61,25 +60,16 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
     }
 }
 
-/// [`backward_filter`] with products of type `W`; with a stride they are f32.
+/// [`backward_filter`] with products of type `W`.
 pub fn backward_filter_by<T: Float, W: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape, dfilter: &mut [f32]) {
-    match (shape.stride, const { axis::<W>(1).outputs }) {
-        ([2, 2], _) => backward_filter_of::<T, f32, 2, { strided::WHOLE }>(isa, x, dy, shape, dfilter),
-        (_, 7) if takes_sevens(shape) => backward_filter_of::<T, W, 1, 7>(isa, x, dy, shape, dfilter),
-        _ => backward_filter_of::<T, W, 1, 4>(isa, x, dy, shape, dfilter),
+    match shape.stride {
+        [2, 2] => backward_filter_of::<T, W, 2>(isa, x, dy, shape, dfilter),
+        _ => backward_filter_of::<T, W, 1>(isa, x, dy, shape, dfilter),
     }
 }
 
-/// Tiles at an edge are filled up: where whole ones would be much larger than the image, smaller ones take fewer products.
-fn takes_sevens(shape: &ConvShape) -> bool {
-    let products = |outputs: usize| -> usize {
-        shape.output().map(|extent| extent.div_ceil(outputs) * (outputs + TAPS - 1)).iter().product()
-    };
-    products(7) <= products(4)
-}
-
-/// [`backward_filter_by`] tiles of `M` outputs.
-fn backward_filter_of<T: Float, W: Float, const STRIDE: usize, const M: usize>(
+/// [`backward_filter_by`] of a stride.
+fn backward_filter_of<T: Float, W: Float, const STRIDE: usize>(
     isa: Isa,
     x: &[T],
     dy: &[T],
@@ -89,18 +79,18 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize, const M: usize>(
     let (c, o) = (shape.c, shape.o);
     shape.check(x.len(), dy.len());
     assert_eq!(dfilter.len(), o * 9 * c);
-    let (grid, sums) = (TileGrid::new(Extents::of(shape), M), Sums::<W, STRIDE, M>::new(isa, c, o));
-    if grid.count() == 0 {
+    let (count, sums) = (Sums::<W, STRIDE>::tiles(shape), Sums::<W, STRIDE>::new(isa, c, o));
+    if count == 0 {
         return dfilter.fill(0.0);
     }
-    let (all, panels, width) = (Sums::<W, STRIDE, M>::ALL_VALUES, sums.layout.panels, sums.layout.width);
-    let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(grid.count());
+    let (all, panels, width) = (Sums::<W, STRIDE>::ALL_VALUES, sums.panels, sums.width);
+    let part = sums.tiles_of(TRANSFORMED.max(all * panels * o * width * size_of::<f32>())).min(count);
     let out = &Output::new(dfilter);
     let blocks = o.div_ceil(BLOCK_FILTERS);
-    let many = all * c * o >= 2 * grid.count() * sums.transformed();
-    if many && part >= grid.count() && panels * blocks >= TASKS {
+    let many = all * c * o >= 2 * count * sums.transformed();
+    if many && part >= count && panels * blocks >= TASKS {
         // More sums than tiles, and all tiles at once: some sums of all positions at a time, which need not go to memory.
-        let tiles = sums.transform(x, dy, shape, 0..grid.count());
+        let tiles = sums.transform(x, dy, shape, 0..count);
         for_each(panels * blocks, |task| {
             let (panel, block) = (task / blocks, task % blocks);
             let filters = block * BLOCK_FILTERS..o.min((block + 1) * BLOCK_FILTERS);
@@ -117,10 +107,8 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize, const M: usize>(
         return;
     }
     let mut total = Scratch::<f32>::take(sums.len());
-    // Whole words of tiles.
-    let part = part.next_multiple_of(W::PER_WORD);
-    for start in (0..grid.count()).step_by(part) {
-        let tiles = sums.transform(x, dy, shape, start..grid.count().min(start + part));
+    for start in (0..count).step_by(part) {
+        let tiles = sums.transform(x, dy, shape, start..count.min(start + part));
         sums.add(&tiles, start == 0, &mut total);
     }
     sums.finish_all(&total, out);
@@ -147,14 +135,13 @@ pub fn backward_filter_by_pictures<T: Float>(
 ) {
     assert!(suits_pictures::<T>(isa, shape), "a convolution that this is for");
     match multiplies_f32::<T>(isa) {
-        false => by_pictures_of::<T, T, 4>(isa, x, shape, make, dfilter),
-        true if takes_sevens(shape) => by_pictures_of::<T, f32, 7>(isa, x, shape, make, dfilter),
-        true => by_pictures_of::<T, f32, 4>(isa, x, shape, make, dfilter),
+        true => by_pictures_of::<T, f32>(isa, x, shape, make, dfilter),
+        false => by_pictures_of::<T, T>(isa, x, shape, make, dfilter),
     }
 }
 
-/// [`backward_filter_by_pictures`] with products of type `W` and tiles of `M` outputs.
-fn by_pictures_of<T: Float, W: Float, const M: usize>(
+/// [`backward_filter_by_pictures`] with products of type `W`.
+fn by_pictures_of<T: Float, W: Float>(
     isa: Isa,
     x: &[T],
     shape: &ConvShape,
@@ -164,9 +151,9 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
     let image = ConvShape { n: 1, ..*shape };
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
-    let (sums, tiles) = (Sums::<W, 1, M>::new(isa, shape.c, shape.o), TileGrid::new(Extents::of(&image), M).count());
+    let (count, sums) = (Sums::<W, 1>::tiles(&image), Sums::<W, 1>::new(isa, shape.c, shape.o));
     // Two threads' tiles stay in the last cache together.
-    let part = sums.tiles_of(TRANSFORMED / 2).min(tiles.max(1)).next_multiple_of(W::PER_WORD);
+    let part = sums.tiles_of(TRANSFORMED / 2).min(count.max(1));
     let pictures = shape.n.div_ceil(GROUPS).max(1);
     let groups = shape.n.div_ceil(pictures).max(1);
     let mut totals = Scratch::<f32>::take(groups * sums.len());
@@ -177,14 +164,14 @@ fn by_pictures_of<T: Float, W: Float, const M: usize>(
         let mut dy = Scratch::<T>::take(dy_len);
         for picture in group * pictures..shape.n.min((group + 1) * pictures) {
             make(picture, &mut dy);
-            for start in (0..tiles).step_by(part) {
-                let some = start..tiles.min(start + part);
+            for start in (0..count).step_by(part) {
+                let some = start..count.min(start + part);
                 let some = sums.transform(&x[picture * x_len..][..x_len], &dy, &image, some);
                 sums.add(&some, picture == group * pictures && start == 0, total);
             }
         }
     });
     let (mut total, value_len) = (Scratch::<f32>::take(sums.len()), sums.value_len()[0]);
-    reduce(&totals, groups, Sums::<W, 1, M>::ALL_VALUES, value_len, value_len, &mut total, Order::RowMajor);
+    reduce(&totals, groups, Sums::<W, 1>::ALL_VALUES, value_len, value_len, &mut total, Order::RowMajor);
     sums.finish_all(&total, &Output::new(dfilter));
 }

@@ -1,9 +1,9 @@
 //! The sums over tiles that a filter's gradient is made of, and the transforms before and after them.
 
 use super::super::axes::*;
-use super::super::parts::{Extents, Part, spread};
+use super::super::parts::{Extents, Part, TileGrid, spread};
 use super::super::transforms::*;
-use super::{strided, whole};
+use super::tiles::{Layout, OfGradients, OfInputs, Side, TransformTiles};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Output, Stream};
@@ -15,13 +15,20 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+/// Words of tiles a task transforms.
+const BLOCK_WORDS: usize = 16;
+
 /// Sums over tiles of the products of inputs and gradients at the slots of each value of a filter, `[value][panel][o][column]`, and how they
 /// come to be and are used.
-pub(super) struct Sums<W, const STRIDE: usize, const M: usize> {
+pub(super) struct Sums<W, const STRIDE: usize> {
     isa: Isa,
     c: usize,
     o: usize,
-    pub(super) layout: Layout,
+    /// Columns of a panel, and panels.
+    pub(super) width: usize,
+    pub(super) panels: usize,
+    inputs: Layout,
+    gradients: Layout,
     products: PhantomData<W>,
 }
 
@@ -29,43 +36,45 @@ pub(super) struct Sums<W, const STRIDE: usize, const M: usize> {
 pub(super) struct Transformed<W> {
     inputs: Scratch<W>,
     gradients: Scratch<W>,
-    words: usize,
-    /// How the tiles are ordered, where some have fewer slots than others.
-    part: Option<Part>,
+    /// Whole words of tiles in the order of their extents: some have fewer slots than others.
+    part: Part,
 }
 
 impl<W: Float> Transformed<W> {
     /// The words of tiles that have a slot.
     fn having<const STRIDE: usize>(&self, [i, j]: [usize; 2]) -> Range<usize> {
-        let Some(part) = &self.part else { return 0..self.words };
         // Of the tile in the corner.
-        let [.., [down, across]] = part.outputs;
-        part.tiles_having([Slots::<W, STRIDE>::has(down, i), Slots::<W, STRIDE>::has(across, j)])
+        let [.., [down, across]] = self.part.outputs;
+        let tiles = self.part.tiles_having([Slots::<W, STRIDE>::has(down, i), Slots::<W, STRIDE>::has(across, j)]);
+        tiles.start / W::PER_WORD..tiles.end / W::PER_WORD
     }
 }
 
-impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
+impl<W: Float, const STRIDE: usize> Sums<W, STRIDE> {
     /// Along an axis, slots of a tile, positions of its gradients, and values of a filter.
-    const SLOTS: usize = Input::<W, STRIDE, M>::RESULTS;
-    const POSITIONS: usize = Gradient::<W, STRIDE, M>::RESULTS;
-    const VALUES: usize = FilterGradient::<W, STRIDE, M>::VALUES;
+    const SLOTS: usize = OfInputs::<W, STRIDE>::RESULTS;
+    const POSITIONS: usize = OfGradients::<W, STRIDE>::RESULTS;
+    const VALUES: usize = FilterGradient::<W, STRIDE>::VALUES;
     /// Values of a filter along both.
     pub(super) const ALL_VALUES: usize = Self::VALUES.pow(2);
 
     pub(super) fn new(isa: Isa, c: usize, o: usize) -> Self {
         let width = isa.tile_columns();
-        let layout = Layout {
-            width,
-            panels: c.div_ceil(width),
-            word_of_inputs: width * W::PER_WORD,
-            word_of_gradients: spread(o * W::PER_WORD),
-        };
-        Sums { isa, c, o, layout, products: PhantomData }
+        let panels = c.div_ceil(width);
+        let inputs = Layout { channels: width, panels, word: width * W::PER_WORD };
+        // Spread: a product takes a few of each word.
+        let gradients = Layout { channels: o, panels: 1, word: spread(o * W::PER_WORD) };
+        Sums { isa, c, o, width, panels, inputs, gradients, products: PhantomData }
+    }
+
+    /// Tiles that a convolution has.
+    pub(super) fn tiles(shape: &ConvShape) -> usize {
+        TileGrid::new(Extents::of(shape), axis::<W>(STRIDE).outputs).count()
     }
 
     /// Sums of a value, and of them those that are used.
     pub(super) fn value_len(&self) -> [usize; 2] {
-        let used = self.layout.panels * self.o * self.layout.width;
+        let used = self.panels * self.o * self.width;
         [spread(used), used]
     }
 
@@ -89,6 +98,7 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         along(value / Self::VALUES).flat_map(move |i| along(value % Self::VALUES).map(move |j| [i, j]))
     }
 
+    /// Some of its tiles, transformed.
     pub(super) fn transform<T: Float>(
         &self,
         x: &[T],
@@ -96,17 +106,24 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         shape: &ConvShape,
         tiles: Range<usize>,
     ) -> Transformed<W> {
-        let (layout, words) = (self.layout, tiles.len().div_ceil(W::PER_WORD));
-        let mut inputs = Scratch::<W>::take(Self::SLOTS.pow(2) * layout.inputs(words));
-        let mut gradients = Scratch::<W>::take(Self::POSITIONS.pow(2) * layout.gradients(words));
-        let to = [&Output::new(&mut inputs), &Output::new(&mut gradients)];
-        let (extents, isa) = (Extents::of(shape), self.isa);
-        let part = (STRIDE == 2).then(|| Part::new(extents, axis::<W>(STRIDE), tiles.clone()));
-        match &part {
-            Some(part) => strided::transform(isa, [x, dy], extents, part, layout, to),
-            None => whole::transform::<T, W, M>(isa, [x, dy], extents, tiles, layout, to),
-        }
-        Transformed { inputs, gradients, words, part }
+        let Extents { images: n, input, output } = Extents::of(shape);
+        let part = Part::new(Extents::of(shape), axis::<W>(STRIDE), tiles, W::PER_WORD);
+        let count = part.places.len() / W::PER_WORD;
+        let mut inputs = Scratch::<W>::take(Self::SLOTS.pow(2) * self.inputs.result(count));
+        let mut gradients = Scratch::<W>::take(Self::POSITIONS.pow(2) * self.gradients.result(count));
+        let [to_inputs, to_gradients] = [Output::new(&mut inputs), Output::new(&mut gradients)];
+        for_each(count.div_ceil(BLOCK_WORDS), |block| {
+            let words = block * BLOCK_WORDS..count.min((block + 1) * BLOCK_WORDS);
+            let (part, of_inputs) = (&part, words.clone());
+            let (to, layout, side) = (&to_inputs, self.inputs, PhantomData::<OfInputs<W, STRIDE>>);
+            dispatch(
+                self.isa,
+                TransformTiles { pictures: x, n, extents: input, part, words: of_inputs, to, layout, side },
+            );
+            let (to, layout, side) = (&to_gradients, self.gradients, PhantomData::<OfGradients<W, STRIDE>>);
+            dispatch(self.isa, TransformTiles { pictures: dy, n, extents: output, part, words, to, layout, side });
+        });
+        Transformed { inputs, gradients, part }
     }
 
     /// Adds the products of some filters at the slots of a value for a panel, or begins with them.
@@ -118,9 +135,9 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         first: bool,
         sums: &mut [f32],
     ) {
-        let Layout { word_of_inputs, word_of_gradients: word, .. } = self.layout;
-        let [panel_len, slot_len] = [tiles.words * word_of_inputs, self.layout.inputs(tiles.words)];
-        let position_len = self.layout.gradients(tiles.words);
+        let (words, word) = (tiles.part.places.len() / W::PER_WORD, self.gradients.word);
+        let [panel_len, slot_len] = [words * self.inputs.word, self.inputs.result(words)];
+        let position_len = self.gradients.result(words);
         let mut first = first;
         for slot @ [i, j] in Self::slots_of(value) {
             let words = tiles.having::<STRIDE>(slot);
@@ -128,7 +145,7 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
             let position = position[0] * Self::POSITIONS + position[1];
             let inputs = &tiles.inputs[(i * Self::SLOTS + j) * slot_len + panel * panel_len..][..panel_len];
             let gradients = &tiles.gradients[position * position_len..][..position_len];
-            let inputs = &inputs[words.start * word_of_inputs..words.end * word_of_inputs];
+            let inputs = &inputs[words.start * self.inputs.word..words.end * self.inputs.word];
             let gradients = &gradients[words.start * word..words.end * word];
             let filters = filters.clone();
             dispatch(self.isa, Multiply { gradients, inputs, word, position_len, filters, first, sums: &mut *sums });
@@ -144,7 +161,7 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
         let [value_len, used] = self.value_len();
         // The last value has most slots where values share them.
         let values = sums.par_chunks_exact_mut(value_len).map(|sums| &mut sums[..used]).enumerate().rev();
-        let panel_len = self.o * self.layout.width;
+        let panel_len = self.o * self.width;
         let tasks = values.flat_map(|(value, sums)| {
             sums.par_chunks_exact_mut(panel_len).enumerate().map(move |(panel, sums)| (value, panel, sums))
         });
@@ -153,44 +170,18 @@ impl<W: Float, const STRIDE: usize, const M: usize> Sums<W, STRIDE, M> {
 
     /// The gradient of a filter for a panel of channels, from the first of its sums on; `value_len` of them from one value to the next.
     pub(super) fn finish(&self, sums: &[f32], value_len: usize, [filter, panel]: [usize; 2], out: &Output<f32>) {
-        let channels = panel * self.layout.width..self.c.min((panel + 1) * self.layout.width);
+        let channels = panel * self.width..self.c.min((panel + 1) * self.width);
         let c = self.c;
-        dispatch(
-            self.isa,
-            ToFilter::<W, STRIDE, M> { sums, value_len, filter, channels, c, out, products: PhantomData },
-        );
+        dispatch(self.isa, ToFilter::<W, STRIDE> { sums, value_len, filter, channels, c, out, products: PhantomData });
     }
 
     /// [`Sums::finish`] of all.
     pub(super) fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
-        let Layout { panels, width, .. } = self.layout;
+        let (panels, width) = (self.panels, self.width);
         for_each(self.o * panels, |i| {
             let (filter, panel) = (i / panels, i % panels);
             self.finish(&sums[(panel * self.o + filter) * width..], self.value_len()[0], [filter, panel], out);
         });
-    }
-}
-
-/// How transformed tiles lie: inputs `[slot][panel][word][column]`, gradients `[position][word][o]`.
-#[derive(Clone, Copy)]
-pub(super) struct Layout {
-    /// Columns of a panel, and panels.
-    pub(super) width: usize,
-    pub(super) panels: usize,
-    /// Values from one word to the next. Those of gradients are spread: a product takes a few of each.
-    pub(super) word_of_inputs: usize,
-    pub(super) word_of_gradients: usize,
-}
-
-impl Layout {
-    /// Values from one slot to the next of so many words, spread: a tile has a vector at each.
-    pub(super) fn inputs(&self, words: usize) -> usize {
-        spread(self.panels * words * self.word_of_inputs)
-    }
-
-    /// The same of positions.
-    pub(super) fn gradients(&self, words: usize) -> usize {
-        spread(words * self.word_of_gradients)
     }
 }
 
@@ -235,7 +226,7 @@ impl<W: Float> Task for Multiply<'_, W> {
 }
 
 /// `G^T m G` of some channels of a filter.
-struct ToFilter<'a, W, const STRIDE: usize, const M: usize> {
+struct ToFilter<'a, W, const STRIDE: usize> {
     /// From the first of the filter's sums on, `[value][..][column]`.
     sums: &'a [f32],
     /// Sums from one value to the next.
@@ -249,16 +240,16 @@ struct ToFilter<'a, W, const STRIDE: usize, const M: usize> {
     products: PhantomData<W>,
 }
 
-impl<W: Float, const STRIDE: usize, const M: usize> Task for ToFilter<'_, W, STRIDE, M> {
+impl<W: Float, const STRIDE: usize> Task for ToFilter<'_, W, STRIDE> {
     type Output = ();
     const BF16: bool = W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let (steps, columns) =
-            ([FilterGradient::<W, STRIDE, M>::VALUES * self.value_len, self.value_len], self.channels.len());
+            ([FilterGradient::<W, STRIDE>::VALUES * self.value_len, self.value_len], self.channels.len());
         assert!(columns.is_multiple_of(S::LANES) && self.channels.end <= self.c);
-        assert!(self.sums.len() >= (FilterGradient::<W, STRIDE, M>::VALUES.pow(2) - 1) * self.value_len + columns);
+        assert!(self.sums.len() >= (FilterGradient::<W, STRIDE>::VALUES.pow(2) - 1) * self.value_len + columns);
         let mut room = Room::new();
         for column in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `column` on is there at every value; these channels of the filter, of which each
@@ -267,7 +258,8 @@ impl<W: Float, const STRIDE: usize, const M: usize> Task for ToFilter<'_, W, STR
                 let sums = Plane { first: self.sums.as_ptr().add(column).cast_mut(), steps };
                 let first = self.out.pointer().add(self.filter * TAPS * TAPS * self.c + self.channels.start + column);
                 let out = Plane { first, steps: [TAPS * self.c, self.c] };
-                along_both::<FilterGradient<W, STRIDE, M>, FilterGradient<W, STRIDE, M>, S>(simd, &mut room, sums, out);
+                let along = Along::<FilterGradient<W, STRIDE>, FilterGradient<W, STRIDE>>::new();
+                along.apply(simd, &mut room, sums, out);
             }
         }
     }
