@@ -179,62 +179,43 @@ impl Float for bf16 {
     }
     fn read<R>(x: &[bf16], f: impl FnOnce(&[f32]) -> R) -> R {
         let mut wide = Scratch::<f32>::take(x.len());
-        widen(x, &mut wide);
+        copy(x, &mut wide);
         f(&wide)
     }
     fn write<R>(y: &mut [bf16], f: impl FnOnce(&mut [f32]) -> R) -> R {
         let mut wide = Scratch::<f32>::take(y.len());
         let result = f(&mut wide);
-        narrow(&wide, y);
+        copy(&wide, y);
         result
     }
     fn update<R>(y: &mut [bf16], f: impl FnOnce(&mut [f32]) -> R) -> R {
         let mut wide = Scratch::<f32>::take(y.len());
-        widen(y, &mut wide);
+        copy(y, &mut wide);
         let result = f(&mut wide);
-        narrow(&wide, y);
+        copy(&wide, y);
         result
     }
 }
 
-/// `y = x`, on one thread.
-pub fn widen(x: &[bf16], y: &mut [f32]) {
-    struct Widen<'a>(&'a [bf16], &'a mut [f32]);
-    impl Task for Widen<'_> {
+/// `y = x`, rounded where `B` is less precise, on one thread.
+pub fn copy<A: Float, B: Float>(x: &[A], y: &mut [B]) {
+    struct Copy<'a, A, B>(&'a [A], &'a mut [B]);
+    impl<A: Float, B: Float> Task for Copy<'_, A, B> {
         type Output = ();
+        const BF16: bool = A::PER_WORD * B::PER_WORD > 1;
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
             let (x, mut y) = (self.0.chunks_exact(S::LANES), self.1.chunks_exact_mut(S::LANES));
             let rest = x.remainder();
             for (x, y) in x.zip(&mut y) {
                 // SAFETY: both pieces have `LANES` values.
-                unsafe { simd.store(y.as_mut_ptr(), simd.load_bf16(x.as_ptr())) };
+                unsafe { B::store(simd, y.as_mut_ptr(), A::load(simd, x.as_ptr())) };
             }
-            y.into_remainder().iter_mut().zip(rest).for_each(|(y, x)| *y = x.to_f32());
+            y.into_remainder().iter_mut().zip(rest).for_each(|(y, x)| *y = B::from_f32(x.to_f32()));
         }
     }
     assert_eq!(x.len(), y.len());
-    dispatch(Isa::current(), Widen(x, y));
-}
-
-/// `y = x` rounded, on one thread.
-pub fn narrow(x: &[f32], y: &mut [bf16]) {
-    struct Narrow<'a>(&'a [f32], &'a mut [bf16]);
-    impl Task for Narrow<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, simd: S) {
-            let (x, mut y) = (self.0.chunks_exact(S::LANES), self.1.chunks_exact_mut(S::LANES));
-            let rest = x.remainder();
-            for (x, y) in x.zip(&mut y) {
-                // SAFETY: both pieces have `LANES` values.
-                unsafe { simd.store_bf16(y.as_mut_ptr(), simd.load(x.as_ptr())) };
-            }
-            y.into_remainder().iter_mut().zip(rest).for_each(|(y, &x)| *y = bf16::from_f32(x));
-        }
-    }
-    assert_eq!(x.len(), y.len());
-    dispatch(Isa::current(), Narrow(x, y));
+    dispatch(Isa::current(), Copy(x, y));
 }
 
 /// `x` to `parts[..][at..]`: the nearest bf16, then the nearest of what is left, and so on.
@@ -264,7 +245,5 @@ pub(super) fn split<S: Simd, T: Float>(simd: S, x: &[T], at: usize, parts: &mut 
 
 /// `y = x`, on all threads.
 pub fn convert<A: Float, B: Float>(x: &[A], y: &mut [B]) {
-    y.par_chunks_mut(B::CHUNK).zip(x.par_chunks(B::CHUNK)).for_each(|(y, x)| {
-        A::read(x, |x| B::write(y, |y| y.copy_from_slice(x)));
-    });
+    y.par_chunks_mut(B::CHUNK).zip(x.par_chunks(B::CHUNK)).for_each(|(y, x)| copy(x, y));
 }

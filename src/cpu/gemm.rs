@@ -23,7 +23,6 @@ pub(super) use ahead::{Ahead, Far, Near, Stream};
 pub use epilogue::Epilogue;
 pub(super) use epilogue::Output;
 pub use packed::PackedB;
-pub(super) use packed::narrowed;
 use std::ops::Range;
 pub(super) use tile::{TILE_ROWS, Tile};
 

@@ -136,14 +136,11 @@ fn pool_with_places<K: Ordered>(x: &[K], signs: &[f32], shape: &PoolShape, maxim
     let out_len = ow * shape.c;
     assert!(x.len() == shape.n * shape.h * row_len && signs.len() == shape.c, "buffers fit the shape");
     assert!([maxima.len(), places.len()] == [shape.n * oh * out_len; 2], "buffers fit the shape");
-    // Of a whole row, which is pooled at once.
-    let signs: Vec<K> = signs.iter().map(|&sign| K::sign(sign)).cycle().take(row_len).collect();
+    let signs: Vec<K> = signs.iter().map(|&sign| K::sign(sign)).collect();
     maxima.par_chunks_mut(out_len).zip(places.par_chunks_mut(out_len)).enumerate().for_each(|(i, (y, places))| {
         let (image, row) = (i / oh, i % oh);
         let x = &x[(image * shape.h + shape.rows(row).start) * row_len..];
-        let (mut greatest, mut places_of_greatest) = (Scratch::take(row_len), Scratch::take(row_len));
-        let rows = (&mut greatest[..], &mut places_of_greatest[..]);
-        dispatch(Isa::current(), PoolRowWithPlaces { x, signs: &signs, shape, row, rows, y, places });
+        dispatch(Isa::current(), PoolRowWithPlaces { x, signs: &signs, shape, row, y, places });
     });
 }
 

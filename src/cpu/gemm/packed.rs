@@ -4,8 +4,7 @@ use crate::cpu::float::{Float, convert};
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
-use std::borrow::Cow;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// Rows of B that are packed together, so that what they write stays in L1.
 const PACK_ROWS: usize = 64;
@@ -21,13 +20,31 @@ pub struct PackedB<T = f32> {
 }
 
 /// Filters as the type of activations.
-pub(in crate::cpu) fn narrowed<T: Float>(x: &[f32]) -> Cow<'_, [T]> {
-    if T::PER_WORD == 1 {
-        return Cow::Borrowed(bytemuck::cast_slice(x));
+enum Narrowed<'a, T> {
+    Same(&'a [T]),
+    Rounded(Scratch<T>),
+}
+
+impl<'a, T: Float> Narrowed<'a, T> {
+    fn new(x: &'a [f32]) -> Self {
+        if T::PER_WORD == 1 {
+            return Narrowed::Same(bytemuck::cast_slice(x));
+        }
+        let mut rounded = Scratch::take(x.len());
+        convert(x, &mut rounded);
+        Narrowed::Rounded(rounded)
     }
-    let mut narrow = vec![T::default(); x.len()];
-    convert(x, &mut narrow);
-    Cow::Owned(narrow)
+}
+
+impl<T: Float> Deref for Narrowed<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Narrowed::Same(x) => x,
+            Narrowed::Rounded(x) => x,
+        }
+    }
 }
 
 /// A run of `run` values of the depth, in whole words.
@@ -51,7 +68,7 @@ impl<T: Float> PackedB<T> {
     /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`. The
     /// depth consists of runs of `run` values, each of which begins with a new word.
     pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize, run: usize) -> Self {
-        let b = &*narrowed::<T>(b);
+        let b = &*Narrowed::<T>::new(b);
         assert!(b.len() == depth * columns && depth.is_multiple_of(run.max(1)));
         let padded = padded_run::<T>(run);
         Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
@@ -80,7 +97,7 @@ impl<T: Float> PackedB<T> {
         start: impl Fn(usize) -> usize + Sync,
     ) -> Self {
         assert!(depth.is_multiple_of(run.max(1)));
-        let b = &*narrowed::<T>(b);
+        let b = &*Narrowed::<T>::new(b);
         let padded = padded_run::<T>(run);
         let nothing = vec![T::default(); columns];
         Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {

@@ -2,6 +2,7 @@
 
 use super::PoolShape;
 use crate::cpu::simd::{Simd, Task};
+use std::ops::Range;
 
 /// The first three of what a window covers, the last again where there are fewer: most windows have as many, and their greatest takes one
 /// pass.
@@ -158,14 +159,13 @@ impl<K: Ordered> Task for PoolRow<'_, K> {
     }
 }
 
-/// A row of windows as [`super::signed_max_pool`] has it, from the rows that they cover, the first of which `x` begins with; with room for the
-/// greatest of those and their places.
+/// A row of windows as [`super::signed_max_pool`] has it, from the rows that they cover, the first of which `x` begins with.
 pub struct PoolRowWithPlaces<'a, K> {
     pub x: &'a [K],
+    /// One a channel.
     pub signs: &'a [K],
     pub shape: &'a PoolShape,
     pub row: usize,
-    pub rows: (&'a mut [K], &'a mut [K]),
     pub y: &'a mut [K],
     pub places: &'a mut [u8],
 }
@@ -176,65 +176,94 @@ impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) {
-        let PoolRowWithPlaces { x, signs, shape, row, rows: (greatest, found), y, places } = self;
-        let (c, len) = (shape.c, shape.w * shape.c);
-        let (signs, greatest, found) = (&signs[..len], &mut greatest[..len], &mut found[..len]);
-        // First along the columns of a window's rows, whole rows at a time.
-        let of_row = |ky: usize| K::of_place((ky * shape.kernel) as u8);
-        let mut rows =
-            shape.covered_places(row, shape.h).zip(x.chunks_exact(len)).map(|((ky, _), x)| (of_row(ky), &x[..len]));
-        let [first, second, third] = three(&mut rows);
-        for i in 0..len {
-            let greater = later(order_at(first, signs, i), order_at(second, signs, i));
-            (greatest[i], found[i]) = later(greater, order_at(third, signs, i));
-        }
-        for row in rows {
-            for i in 0..len {
-                (greatest[i], found[i]) = later((greatest[i], found[i]), order_at(row, signs, i));
-            }
-        }
+        let PoolRowWithPlaces { x, signs, shape, row, y, places } = self;
+        let (c, kernel) = (shape.c, shape.kernel);
+        let rows = || shape.covered_places(row, shape.h).map(|(ky, _)| ky).zip(x.chunks_exact(shape.w * c));
+        let of_rows = three(&mut rows());
         for (window, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
-            let mut columns = shape.covered_places(window, shape.w).map(|(kx, ix)| {
-                let pixel = ix * c..(ix + 1) * c;
-                (kx as u8, &greatest[pixel.clone()], &found[pixel])
-            });
-            let [first, second, third] = three(&mut columns);
-            for i in 0..c {
-                let greatest = first_of_greatest(at(first, i), at(second, i));
-                (y[i], places[i]) = first_of_greatest(greatest, at(third, i));
-            }
-            for column in columns {
-                for i in 0..c {
-                    (y[i], places[i]) = first_of_greatest((y[i], places[i]), at(column, i));
+            let columns = || shape.covered_places(window, shape.w);
+            let pixel = |(ky, row), (kx, ix)| Pixel::of(row, ky * kernel + kx, ix * c..(ix + 1) * c);
+            // Windows of up to three by three at once, as far as there are enough channels.
+            let at_once = if kernel <= 3 { c / CHANNELS * CHANNELS } else { 0 };
+            if at_once > 0 {
+                let columns = three(&mut columns());
+                let mut pixels = [pixel(of_rows[0], columns[0]); 9];
+                for (i, of_all) in pixels.iter_mut().enumerate() {
+                    *of_all = pixel(of_rows[i / 3], columns[i % 3]);
                 }
+                let (y, places) = (y.chunks_exact_mut(CHANNELS), places.chunks_exact_mut(CHANNELS));
+                for (i, (y, places)) in y.zip(places).enumerate() {
+                    take_greatest(&pixels, i * CHANNELS, signs, y, places);
+                }
+            }
+            if at_once == c {
+                continue;
+            }
+            let (signs, y, places) = (&signs[at_once..], &mut y[at_once..], &mut places[at_once..]);
+            for (i, (row, column)) in rows().flat_map(|row| columns().map(move |column| (row, column))).enumerate() {
+                let Pixel { place, x } = pixel(row, column);
+                take_greater(i == 0, place, &x[at_once..], signs, y, places);
             }
             y.iter_mut().for_each(|y| *y = y.value());
         }
     }
 }
 
-/// The order of a value times its sign, and the place that the row begins with.
-#[inline(always)]
-fn order_at<K: Ordered>((place, x): (K, &[K]), signs: &[K], i: usize) -> (K, K) {
-    (x[i].order_of(signs[i]), place)
+/// The channels of a pixel and its place in a window.
+#[derive(Clone, Copy)]
+struct Pixel<'a, K> {
+    place: K,
+    x: &'a [K],
 }
 
-/// A channel's order and place in the window, of a window's column.
+impl<'a, K: Ordered> Pixel<'a, K> {
+    #[inline(always)]
+    fn of(row: &'a [K], place: usize, channels: Range<usize>) -> Self {
+        Pixel { place: K::of_place(place as u8), x: &row[channels] }
+    }
+}
+
+/// Channels whose windows are pooled at once.
+const CHANNELS: usize = 32;
+
+/// The greatest orders of three by three pixels and their places, of equals the first, for some channels.
 #[inline(always)]
-fn at<K: Ordered>((kx, x, found): (u8, &[K], &[K]), i: usize) -> (K, u8) {
-    (x[i], found[i].place().wrapping_add(kx))
+fn take_greatest<K: Ordered>(pixels: &[Pixel<K>; 9], channel: usize, signs: &[K], y: &mut [K], places: &mut [u8]) {
+    // Names, and arrays of a constant length of which those that are written are this function's: else the compiler does not vectorise the loop.
+    fn some<K>(x: &[K], channel: usize) -> &[K; CHANNELS] {
+        x[channel..][..CHANNELS].try_into().expect("as long")
+    }
+    let signs = some(signs, channel);
+    macro_rules! name {
+        ($($name:ident $i:literal)*) => { $(let $name = (pixels[$i].place, some(pixels[$i].x, channel));)* };
+    }
+    name!(first 0 second 1 third 2 fourth 3 fifth 4 sixth 5 seventh 6 eighth 7 ninth 8);
+    let (mut greatest, mut found) = ([first.0; CHANNELS], [first.0; CHANNELS]);
+    for i in 0..CHANNELS {
+        let mut of_all = (first.1[i].order_of(signs[i]), first.0);
+        macro_rules! take_later {
+            ($($pixel:ident)*) => { $(of_all = later(of_all, ($pixel.1[i].order_of(signs[i]), $pixel.0));)* };
+        }
+        take_later!(second third fourth fifth sixth seventh eighth ninth);
+        (greatest[i], found[i]) = of_all;
+    }
+    y.iter_mut().zip(greatest).for_each(|(y, greatest)| *y = greatest.value());
+    places.iter_mut().zip(found).for_each(|(place, found)| *place = found.place());
+}
+
+/// The orders of a pixel and its place: the first's, or where they exceed those that there are.
+#[inline(always)]
+fn take_greater<K: Ordered>(first: bool, place: K, x: &[K], signs: &[K], y: &mut [K], places: &mut [u8]) {
+    for (((y, place_of_y), &x), &sign) in y.iter_mut().zip(places).zip(x).zip(signs) {
+        let of_pixel = (x.order_of(sign), place);
+        let greatest = if first { of_pixel } else { later((*y, K::of_place(*place_of_y)), of_pixel) };
+        (*y, *place_of_y) = (greatest.0, greatest.1.place());
+    }
 }
 
 /// Of two orders and their places the second, if it exceeds the first.
 #[inline(always)]
-fn later<K: Ordered, P: Copy>(first: (K, P), second: (K, P)) -> (K, P) {
+fn later<K: Ordered>(first: (K, K), second: (K, K)) -> (K, K) {
     let is = second.0.exceeds(first.0);
     (if is { second.0 } else { first.0 }, if is { second.1 } else { first.1 })
-}
-
-/// The greater of two orders and its place, of equals the first place.
-#[inline(always)]
-fn first_of_greatest<K: Ordered>(a: (K, u8), b: (K, u8)) -> (K, u8) {
-    let is = b.0.exceeds(a.0) | (!a.0.exceeds(b.0) & (b.1 < a.1));
-    (if is { b.0 } else { a.0 }, if is { b.1 } else { a.1 })
 }

@@ -28,7 +28,8 @@ use std::ops::Range;
 
 /// Output channels of a task; a whole number of the micro-kernel's panels.
 const STRIP: usize = 64;
-/// Tiles of a task, about: the more, the less the transforms of filters matter, but sums of a row should stay in L2.
+/// Tiles of a task, about, times the values of a word: the more, the less the transforms of filters matter beside the products, but sums of a
+/// row should stay in L2.
 const PART: usize = 128;
 /// Bytes of transformed inputs that are used before more are made: they stay in the last cache.
 const TRANSFORMED: usize = 11 << 20;
@@ -156,7 +157,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Convolution<'a, T, W, STRIDE> 
     fn together(&self) {
         let (c, isa) = (self.filter.c, self.filter.isa);
         let groups = (self.tiles * self.inputs_of_tile()).div_ceil(TRANSFORMED);
-        let parts_of_group = self.tiles.div_ceil(groups.max(1)).div_ceil(PART);
+        let parts_of_group = self.tiles.div_ceil(groups.max(1)).div_ceil(PART * W::PER_WORD);
         let parts = Part::all(self.extents, Self::AXIS, groups * parts_of_group);
         let channels = if self.tiles > ONE_PICTURE { [0..c, 0..0] } else { halves(c, isa.lanes()) };
         for parts in parts.chunks(parts_of_group.max(1)) {

@@ -1,8 +1,7 @@
 //! The filters of [`super`], packed.
 
 use super::super::transforms::TAPS;
-use crate::cpu::float::Float;
-use crate::cpu::gemm::narrowed;
+use crate::cpu::float::{Float, copy};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -20,36 +19,33 @@ pub struct StripFilter<W> {
 impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`; `c` is a whole number of words and `o` of vectors.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let filter = &*narrowed::<W>(filter);
-        Self::pack(isa, filter, c, o, |channels, columns, out| {
+        Self::pack(isa, filter.len(), c, o, |channels, columns, out| {
             let filters = &filter[columns.start * TAPS * TAPS * c..][..columns.len() * TAPS * TAPS * c];
-            dispatch(isa, Turn { filters, c, channels, out });
+            if W::PER_WORD == 1 {
+                return dispatch(isa, Turn::<W> { filters: bytemuck::cast_slice(filters), c, channels, out });
+            }
+            let mut some = Scratch::take(columns.len() * TAPS * TAPS * channels.len());
+            for (to, from) in some.chunks_exact_mut(channels.len()).zip(filters.chunks_exact(c)) {
+                copy(&from[channels.clone()], to);
+            }
+            let c = channels.len();
+            dispatch(isa, Turn { filters: &some, c, channels: 0..c, out });
         })
     }
 
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged, which must be whole numbers of words and of vectors.
     pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        let filter = &*narrowed::<W>(filter);
-        let tap_len = isa.lanes() * W::PER_WORD;
-        Self::pack(isa, filter, o, c, |channels, columns, out| {
-            for (i, channel) in channels.enumerate() {
-                let (word, lane) = (i / W::PER_WORD, i % W::PER_WORD);
-                let taps = out[word * TAPS * TAPS * tap_len..].chunks_exact_mut(tap_len).take(TAPS * TAPS);
-                for (tap, out) in taps.enumerate() {
-                    let start = (channel * TAPS * TAPS + TAPS * TAPS - 1 - tap) * c;
-                    let values = &filter[start..][columns.clone()];
-                    let out = out[lane..].iter_mut().step_by(W::PER_WORD);
-                    out.zip(values).for_each(|(out, &value)| *out = value);
-                }
-            }
+        Self::pack(isa, filter.len(), o, c, |channels, columns, out| {
+            let filters = &filter[channels.start * TAPS * TAPS * c..channels.end * TAPS * TAPS * c];
+            dispatch(isa, Exchange { filters, c, column: columns.start, out });
         })
     }
 
     /// From `c` to `o` channels; `copy(channels, columns, out)` fills some channels of a vector's.
     fn pack(
         isa: Isa,
-        filter: &[W],
+        filter_len: usize,
         c: usize,
         o: usize,
         copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
@@ -57,9 +53,9 @@ impl<W: Float> StripFilter<W> {
         // Runs of a tap that are read together; what is written of them fits L1.
         const CHANNELS: usize = 64;
         let lanes = isa.lanes();
-        assert_eq!(filter.len(), o * TAPS * TAPS * c);
+        assert_eq!(filter_len, o * TAPS * TAPS * c);
         assert!(c.is_multiple_of(W::PER_WORD) && o.is_multiple_of(lanes), "channels are whole words and vectors");
-        let mut taps = Scratch::take(filter.len());
+        let mut taps = Scratch::take(filter_len);
         taps.par_chunks_exact_mut(c * TAPS * TAPS * lanes).enumerate().for_each(|(vector, out)| {
             for (i, out) in out.chunks_mut(CHANNELS * TAPS * TAPS * lanes).enumerate() {
                 copy(i * CHANNELS..c.min((i + 1) * CHANNELS), vector * lanes..(vector + 1) * lanes, out);
@@ -71,6 +67,39 @@ impl<W: Float> StripFilter<W> {
     /// Where the taps of a vector of output channels begin for a word of input channels.
     pub(in crate::cpu::winograd) fn start(&self, vector: usize, word: usize) -> usize {
         (vector * self.c + word * W::PER_WORD) * TAPS * TAPS * self.isa.lanes()
+    }
+}
+
+/// A vector of columns of some filters, with their taps in the opposite order, as a [`StripFilter`] has them whose input channels these
+/// filters are.
+struct Exchange<'a, W> {
+    /// `[channel, 3, 3, c]`
+    filters: &'a [f32],
+    c: usize,
+    column: usize,
+    out: &'a mut [W],
+}
+
+impl<W: Float> Task for Exchange<'_, W> {
+    type Output = ();
+    const BF16: bool = W::PER_WORD > 1;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (taps, word_len) = (TAPS * TAPS, TAPS * TAPS * self.c * W::PER_WORD);
+        assert!(self.column + S::LANES <= self.c && self.filters.len().is_multiple_of(word_len));
+        assert!(self.out.len() == self.filters.len() / self.c * S::LANES);
+        let words = self.filters.chunks_exact(word_len).zip(self.out.chunks_exact_mut(taps * S::LANES * W::PER_WORD));
+        for (filters, out) in words {
+            for (tap, out) in out.chunks_exact_mut(S::LANES * W::PER_WORD).enumerate() {
+                // SAFETY: as asserted, every tap of each of a word's filters has a vector from `column` on, and a vector of words goes to `out`.
+                unsafe {
+                    let first = filters.as_ptr().add((taps - 1 - tap) * self.c + self.column);
+                    let last = first.add((W::PER_WORD - 1) * taps * self.c);
+                    W::store_words(simd, out.as_mut_ptr(), simd.load(first), simd.load(last));
+                }
+            }
+        }
     }
 }
 
