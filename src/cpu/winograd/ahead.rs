@@ -13,8 +13,12 @@ pub(super) struct PixelRows {
     height: usize,
     row: usize,
     pixel: usize,
-    /// Rows of tiles that are left.
-    rows: Range<usize>,
+    /// Tiles that have not begun.
+    tiles: Range<usize>,
+    /// Rows that are left of the one that has, and where the next of them begins, in floats from the first. Where a tile begins takes
+    /// divisions, and there may be a few hundred products for a block.
+    left: usize,
+    at: usize,
 }
 
 impl PixelRows {
@@ -27,27 +31,35 @@ impl PixelRows {
         tiles: Range<usize>,
     ) -> Self {
         let pixel = channels * size_of::<T>() / size_of::<f32>();
-        let rows = tiles.start * grid.outputs()..tiles.end * grid.outputs();
-        PixelRows { first: first.cast(), grid, height, row: width * pixel, pixel, rows }
+        PixelRows { first: first.cast(), grid, height, row: width * pixel, pixel, tiles, left: 0, at: 0 }
     }
 
-    /// These rows, or none of them.
+    /// All of them, or none.
     pub(super) fn when(&self, wanted: bool) -> Self {
-        PixelRows { rows: if wanted { self.rows.clone() } else { 0..0 }, ..*self }
+        PixelRows { tiles: if wanted { self.tiles.clone() } else { 0..0 }, ..*self }
     }
 
     /// The next row, to be asked for while `words` words are multiplied; nothing after the last.
+    #[inline(always)]
     pub(super) fn next(&mut self, words: usize) -> Stream {
-        let Range { start, end } = self.next_floats().unwrap_or(0..0);
-        Stream::new(self.first.wrapping_add(start), end - start, words)
+        let floats = self.grid.outputs() * self.pixel;
+        match self.next_row() {
+            Some(start) => Stream::new(self.first.wrapping_add(start), floats, words),
+            None => Stream::new(self.first, 0, 1),
+        }
     }
 
-    /// Where it lies, in floats from the first.
-    fn next_floats(&mut self) -> Option<Range<usize>> {
-        let (row, outputs) = (self.rows.next()?, self.grid.outputs());
-        let Place { image, top, left } = self.grid.place(row / outputs);
-        let start = (image * self.height + top + row % outputs) * self.row + left * self.pixel;
-        Some(start..start + outputs * self.pixel)
+    /// Where it begins.
+    #[inline(always)]
+    fn next_row(&mut self) -> Option<usize> {
+        if self.left == 0 {
+            let Place { image, top, left } = self.grid.place(self.tiles.next()?);
+            self.at = (image * self.height + top) * self.row + left * self.pixel;
+            self.left = self.grid.outputs();
+        }
+        let start = self.at;
+        (self.at, self.left) = (start + self.row, self.left - 1);
+        Some(start)
     }
 }
 
@@ -65,8 +77,8 @@ mod tests {
         // In two pieces, the second of which has what the first has not.
         for tiles in [0..5, 5..grid.count()] {
             let mut rows = PixelRows::new(asked.as_ptr().cast::<f32>(), image, grid, tiles);
-            while let Some(floats) = rows.next_floats() {
-                asked[floats].iter_mut().for_each(|times| *times += 1);
+            while let Some(start) = rows.next_row() {
+                asked[start..][..grid.outputs() * image[2]].iter_mut().for_each(|times| *times += 1);
             }
         }
         assert!(asked.iter().all(|&times| times == 1), "{asked:?}");
