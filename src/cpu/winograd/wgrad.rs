@@ -24,7 +24,7 @@ use sums::Sums;
 
 /// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. As many as the sums take, if
 /// that is more: otherwise adding to these would take longer.
-const TRANSFORMED: usize = 8 << 20;
+const TRANSFORMED: usize = 4 << 20;
 /// Filters whose sums at all positions a task computes, where there are enough such tasks: they stay in L2.
 const BLOCK_FILTERS: usize = 32;
 const TASKS: usize = 8;
@@ -152,8 +152,7 @@ fn by_pictures_of<T: Float, W: Float>(
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
     let (count, sums) = (Sums::<W, 1>::tiles(&image), Sums::<W, 1>::new(isa, shape.c, shape.o));
-    // Two threads' tiles stay in the last cache together.
-    let part = sums.tiles_of(TRANSFORMED / 2).min(count.max(1));
+    let part = sums.tiles_of(TRANSFORMED).min(count.max(1));
     let pictures = shape.n.div_ceil(GROUPS).max(1);
     let groups = shape.n.div_ceil(pictures).max(1);
     let mut totals = Scratch::<f32>::take(groups * sums.len());
