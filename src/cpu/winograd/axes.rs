@@ -35,8 +35,8 @@ pub(super) trait Sink<S: Simd> {
 pub(super) struct Pixels<'a, T> {
     /// Has a vector from `channel` on.
     pub window: &'a Window<'a, T>,
-    /// What will be transformed next, of as many rows and columns.
-    pub next: (&'a Window<'a, T>, usize),
+    /// What will be transformed next, of as many rows and columns, if it is to be asked for.
+    pub next: Option<(&'a Window<'a, T>, usize)>,
     pub channel: usize,
 }
 
@@ -47,8 +47,9 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     }
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
-        let (next, seen) = self.next;
-        next.prefetch(simd, seen, self.channel / S::LANES * seen + j);
+        if let Some((next, seen)) = self.next {
+            next.prefetch(simd, seen, self.channel / S::LANES * seen + j);
+        }
     }
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
@@ -108,11 +109,31 @@ impl<W: Float, S: Simd> Sink<S> for Plane<W> {
     }
 }
 
+/// Vectors in memory, and those that will be stored after them, if they are to be asked for meanwhile: so many places, far apart, do not come by
+/// themselves.
+pub(super) struct Asking<W> {
+    pub to: Plane<W>,
+    pub next: Option<Plane<W>>,
+}
+
+impl<W: Float, S: Simd> Sink<S> for Asking<W> {
+    #[inline(always)]
+    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+        // SAFETY: the caller's; of what is asked for nothing is read.
+        unsafe {
+            self.to.store(simd, i, j, value);
+            if let Some(next) = &self.next {
+                simd.prefetch_near(next.at(i, j).cast_const().cast());
+            }
+        }
+    }
+}
+
 /// Vectors of words in memory, whose last values come from another plane.
 struct Words<W> {
     words: Plane<W>,
     last: Plane<f32>,
-    /// What will be stored after these is asked for meanwhile: so many places, far apart, do not come by themselves.
+    /// As [`Asking`].
     next: Plane<W>,
 }
 

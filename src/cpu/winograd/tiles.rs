@@ -1,5 +1,6 @@
 //! Tiles on both sides of the products: the transforms of their inputs, and of their sums to outputs.
 
+use super::axes::*;
 use super::parts::{Extents, Part, Place};
 use super::points::*;
 use super::transforms::*;
@@ -31,6 +32,14 @@ pub(super) fn halves(channels: usize, lanes: usize) -> [Range<usize>; 2] {
     [0..middle, middle..channels]
 }
 
+/// What is transformed of inputs, `B^T`.
+pub(super) struct OfInputs<W, const STRIDE: usize>(PhantomData<W>);
+
+impl<W: Float, const STRIDE: usize> OfTiles for OfInputs<W, STRIDE> {
+    type Of<const M: usize> = Input<W, STRIDE, M>;
+    const AXIS: Axis = axis::<W>(STRIDE);
+}
+
 /// `B^T d B` of some channels of some tiles of a part.
 pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
     pub x: &'a [T],
@@ -52,113 +61,43 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     fn run<S: Simd>(self, simd: S) {
         assert!(self.channels.end <= self.extents.input[2] && self.channels.len().is_multiple_of(S::LANES));
         let (mut room, far) = (Room::new(), self.extents.are_far::<T>());
+        let Layout { row, slot, tile: tile_step, block: block_step, words } = self.layout;
+        let block = words * W::PER_WORD;
+        let start = |tile: usize, channel: usize| {
+            let at = tile * tile_step + channel / block * block_step + channel % block;
+            Plane { first: self.to.pointer().wrapping_add(at), steps: [row, slot] }
+        };
         for tile in self.tiles.clone() {
-            let [down, across] = self.part.outputs[self.part.class_of(tile)];
+            // The next tile, or the last again.
+            let following = self.tiles.end.min(tile + 2) - 1;
+            let transform = OfTile::<OfInputs<W, STRIDE>>::new(self.part.outputs[self.part.class_of(tile)]);
             let window = &self.window(tile);
-            let next = if far { Some(self.window(self.following(tile))) } else { None };
+            let next_window = &if far { Some(self.window(following)) } else { None };
             for channel in self.channels.clone().step_by(S::LANES) {
-                with_outputs!(axis::<W>(STRIDE), down, M => {
-                    self.transform_columns::<S, M>(simd, window, next.as_ref(), channel, across, &mut room)
-                });
-                with_outputs!(axis::<W>(STRIDE), across, M => {
-                    self.transform_rows::<S, M>(simd, tile, channel, down, far, &mut room)
-                });
+                let pixels = Pixels { window, next: next_window.as_ref().map(|next| (next, Self::SEEN)), channel };
+                let next = match channel + S::LANES {
+                    channel if channel < self.channels.end => start(tile, channel),
+                    _ => start(following, self.channels.start),
+                };
+                let slots = Asking { to: start(tile, channel), next: far.then_some(next) };
+                // SAFETY: channels are whole vectors; there is room for those of each tile at each pair of slots, and these tiles are this
+                // task's.
+                unsafe { transform.apply(simd, &mut room, pixels, slots) };
             }
         }
     }
 }
 
 impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
-    /// The next tile, or the last again.
-    #[inline(always)]
-    fn following(&self, tile: usize) -> usize {
-        self.tiles.end.min(tile + 2) - 1
-    }
+    /// Inputs that a whole tile sees along an axis.
+    const SEEN: usize = inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
 
     /// What a tile sees.
     #[inline(always)]
     fn window(&self, tile: usize) -> Window<'a, T> {
         let Place { image, top, left } = self.part.places[tile];
         let first = [top, left].map(|at| first_input(axis::<W>(STRIDE), at));
-        let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        Window::new(self.x, image, self.extents.input, first, seen)
-    }
-
-    /// Along the columns of a tile of `M` outputs down, to the room. What is to be asked for meanwhile is a part of `next`.
-    #[inline(always)]
-    fn transform_columns<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        window: &Window<T>,
-        next: Option<&Window<T>>,
-        channel: usize,
-        across: usize,
-        room: &mut Room,
-    ) {
-        let seen = const { inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        let vector = (channel - self.channels.start) / S::LANES;
-        for j in 0..inputs(axis::<W>(STRIDE), across) {
-            if let Some(next) = next {
-                next.prefetch(simd, seen, vector * seen + j);
-            }
-            let values = match window.has_column(j) {
-                true => {
-                    // SAFETY: there is such a column; channels are whole vectors.
-                    let column = vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe {
-                        window.load(simd, I, j, channel)
-                    });
-                    Input::<W, STRIDE, M>::apply(simd, &column)
-                }
-                false => [simd.splat(0.0); MAX],
-            };
-            let room = room.at::<S>(0, j);
-            unrolled!(SLOT => {
-                if const { has::<W>(STRIDE, M, SLOT) } {
-                    // SAFETY: vectors `[slot, j]` of the room.
-                    unsafe { simd.store(room.add(SLOT * MAX * S::LANES), values[SLOT]) };
-                }
-            });
-        }
-    }
-
-    /// Along the rows that the room has of a tile of `M` outputs across. If results go far, the places of the next are asked for.
-    #[inline(always)]
-    fn transform_rows<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        tile: usize,
-        channel: usize,
-        down: usize,
-        far: bool,
-        room: &mut Room,
-    ) {
-        let Layout { row: row_step, slot: slot_step, tile: tile_step, block: block_step, words } = self.layout;
-        let block = words * W::PER_WORD;
-        let start = |tile: usize, channel: usize| tile * tile_step + channel / block * block_step + channel % block;
-        let first = start(tile, channel);
-        let next = match channel + S::LANES {
-            channel if channel < self.channels.end => start(tile, channel),
-            _ => start(self.following(tile), self.channels.start),
-        };
-        for row in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::has(down, slot)) {
-            let room = room.at::<S>(row, 0);
-            // SAFETY: the columns have stored a vector for each row that the tile has and each input across.
-            let row_of_room =
-                vectors!(simd, inputs(axis::<W>(STRIDE), M), I => unsafe { simd.load(room.add(I * S::LANES)) });
-            let values = Input::<W, STRIDE, M>::apply(simd, &row_of_room);
-            let row = self.to.pointer().wrapping_add(row * row_step);
-            let (to, next) = (row.wrapping_add(first), row.wrapping_add(next));
-            unrolled!(SLOT => {
-                if const { has::<W>(STRIDE, M, SLOT) } {
-                    // SAFETY: there is room for the channels of each tile at each pair of slots, and this tile is this task's.
-                    unsafe { W::store(simd, to.add(SLOT * slot_step), values[SLOT]) };
-                    if far {
-                        // So many places, each in a line of its own, do not come by themselves.
-                        simd.prefetch_near(next.wrapping_add(SLOT * slot_step).cast_const().cast());
-                    }
-                }
-            });
-        }
+        Window::new(self.x, image, self.extents.input, first, Self::SEEN)
     }
 }
 
@@ -201,63 +140,42 @@ impl Starts {
     }
 }
 
+/// What is transformed of sums, `A^T`.
+struct OfSums<W, const STRIDE: usize>(PhantomData<W>);
+
+impl<W: Float, const STRIDE: usize> OfTiles for OfSums<W, STRIDE> {
+    type Of<const M: usize> = Sums<W, STRIDE, M>;
+    const AXIS: Axis = axis::<W>(STRIDE);
+}
+
 impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> {
     type Output = ();
     const BF16: bool = T::PER_WORD * W::PER_WORD > 1;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (mut room, far) = (Room::new(), self.outputs.extents.are_far::<T>());
-        let part = self.outputs.part;
-        let [down, across] = part.outputs[part.class_of(self.tile)];
+        let Outputs { part, extents, epilogue, y, .. } = self.outputs;
+        let (mut room, far, [_, w, o]) = (Room::new(), extents.are_far::<T>(), extents.output);
+        let tile = part.outputs[part.class_of(self.tile)];
         assert!(self.channels.len().is_multiple_of(S::LANES));
         assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
-            let sums = &self.sums[i * S::LANES..];
-            with_outputs!(axis::<W>(STRIDE), down, M => {
-                self.transform_columns::<S, M>(simd, i, sums, across, far, &mut room)
-            });
-            with_outputs!(axis::<W>(STRIDE), across, M => self.transform_rows::<S, M>(simd, channel, down, &mut room));
+            let sums = PositionSums { finish: &self, vector: i, tile, far };
+            // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
+            let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
+            let first = self.first_of_row(self.tile, 0) + channel;
+            // Copies, which no store to the result can change.
+            let outputs = Finished { epilogue: *epilogue, bias, y: y.pointer(), first, steps: [w * o, o] };
+            // SAFETY: a vector of the channels is there at every position, as asserted; outputs of the tile lie inside the image and are this
+            // task's alone.
+            unsafe { OfTile::<OfSums<W, STRIDE>>::new(tile).apply(simd, &mut room, sums, outputs) };
         }
     }
 }
 
 impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
-    /// `A^T m` along the columns of a tile of `M` outputs down, to the room.
-    #[inline(always)]
-    fn transform_columns<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        vector: usize,
-        sums: &[f32],
-        across: usize,
-        far: bool,
-        room: &mut Room,
-    ) {
-        let all = const { positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs) };
-        for j in 0..positions(axis::<W>(STRIDE), across) {
-            if far {
-                self.prefetch_next(simd, vector * all + j, across);
-                unrolled!(I => {
-                    if I < positions(axis::<W>(STRIDE), M) {
-                        simd.prefetch_near(sums.as_ptr().wrapping_add(self.starts.at[I * all + j] + S::LANES));
-                    }
-                });
-            }
-            // SAFETY: a vector of the channels, as asserted.
-            let column = vectors!(simd, positions(axis::<W>(STRIDE), M), I => unsafe {
-                simd.load(sums.as_ptr().add(self.starts.at[I * all + j]))
-            });
-            let outputs = Sums::<W, STRIDE, M>::apply(simd, &column);
-            let room = room.at::<S>(0, j);
-            unrolled!(I => {
-                if I < M {
-                    // SAFETY: vectors `[output, j]` of the room.
-                    unsafe { simd.store(room.add(I * MAX * S::LANES), outputs[I]) };
-                }
-            });
-        }
-    }
+    /// Positions across all tiles.
+    const ALL: usize = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
 
     /// The first value of a row of a tile's outputs.
     #[inline(always)]
@@ -286,29 +204,60 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
             }
         }
     }
+}
 
-    /// `A^T m A` with the epilogue, of a tile of `M` outputs across, from the room to the result.
+/// A vector of the sums at each position of a tile of so many outputs. If they are far, what follows is asked for.
+struct PositionSums<'a, T, W, const STRIDE: usize> {
+    finish: &'a Finish<'a, T, W, STRIDE>,
+    vector: usize,
+    tile: [usize; 2],
+    far: bool,
+}
+
+impl<T, W, const STRIDE: usize> Clone for PositionSums<'_, T, W, STRIDE> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, W, const STRIDE: usize> Copy for PositionSums<'_, T, W, STRIDE> {}
+
+impl<T: Float, W: Float, S: Simd, const STRIDE: usize> Source<S> for PositionSums<'_, T, W, STRIDE> {
     #[inline(always)]
-    fn transform_rows<S: Simd, const M: usize>(&self, simd: S, channel: usize, down: usize, room: &mut Room) {
-        let Outputs { extents, epilogue, y, .. } = self.outputs;
-        let o = extents.output[2];
-        // Copies, which no store to the result can change.
-        let (epilogue, y) = (*epilogue, y.pointer());
-        // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
-        let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
-        for i in 0..down {
-            let room = room.at::<S>(i, 0);
-            // SAFETY: the columns have stored a vector for each row of outputs and each position across.
-            let row =
-                vectors!(simd, positions(axis::<W>(STRIDE), M), J => unsafe { simd.load(room.add(J * S::LANES)) });
-            let outputs = Sums::<W, STRIDE, M>::apply(simd, &row);
-            let first = self.first_of_row(self.tile, i) + channel;
-            unrolled!(J => {
-                if J < M {
-                    // SAFETY: outputs of the tile lie inside the image and are this task's alone; the residual is as long.
-                    unsafe { epilogue.store(simd, outputs[J], bias, y, first + J * o) };
-                }
-            });
+    fn prefetch(&self, simd: S, j: usize) {
+        if !self.far {
+            return;
         }
+        let (all, [down, across]) = (Finish::<T, W, STRIDE>::ALL, self.tile);
+        self.finish.prefetch_next(simd, self.vector * all + j, across);
+        for i in 0..positions(axis::<W>(STRIDE), down) {
+            let next = self.finish.starts.at[i * all + j] + (self.vector + 1) * S::LANES;
+            simd.prefetch_near(self.finish.sums.as_ptr().wrapping_add(next));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
+        let at = self.finish.starts.at[i * Finish::<T, W, STRIDE>::ALL + j] + self.vector * S::LANES;
+        // SAFETY: the caller's.
+        unsafe { simd.load(self.finish.sums.as_ptr().add(at)) }
+    }
+}
+
+/// Outputs with the epilogue: from `first` on, so many values from one to the next down and across.
+struct Finished<'a, T, V> {
+    epilogue: Epilogue<'a, T>,
+    bias: Option<V>,
+    y: *mut T,
+    first: usize,
+    steps: [usize; 2],
+}
+
+impl<T: Float, S: Simd> Sink<S> for Finished<'_, T, S::V> {
+    #[inline(always)]
+    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+        let at = self.first + i * self.steps[0] + j * self.steps[1];
+        // SAFETY: the caller's; the residual is as long.
+        unsafe { self.epilogue.store(simd, value, self.bias, self.y, at) };
     }
 }

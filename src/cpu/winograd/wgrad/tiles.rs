@@ -6,6 +6,7 @@
 use super::super::axes::*;
 use super::super::parts::{Part, Place, spread};
 use super::super::points::{Axis, first_input, inputs, positions, slots};
+use super::super::tiles::OfInputs;
 use super::super::transforms::*;
 use super::super::window::Window;
 use crate::cpu::float::Float;
@@ -21,14 +22,6 @@ pub(super) trait Side: OfTiles {
     const RESULTS: usize;
     /// The first pixel that a tile sees whose first output is `output`.
     fn first(output: usize) -> isize;
-}
-
-/// Inputs.
-pub(super) struct OfInputs<W, const STRIDE: usize>(PhantomData<W>);
-
-impl<W: Float, const STRIDE: usize> OfTiles for OfInputs<W, STRIDE> {
-    type Of<const M: usize> = Input<W, STRIDE, M>;
-    const AXIS: Axis = axis::<W>(STRIDE);
 }
 
 impl<W: Float, const STRIDE: usize> Side for OfInputs<W, STRIDE> {
@@ -109,7 +102,7 @@ impl<T: Float, W: Float, X: Side> Task for TransformTiles<'_, T, W, X> {
             let windows = std::mem::replace(&mut next, self.windows(following));
             let tile = OfTile::<X>::new(self.part.outputs[self.part.class_of(word * W::PER_WORD)]);
             for channel in (0..channels).step_by(S::LANES) {
-                let pixels = |i: usize| Pixels { window: &windows[i], next: (&next[i], X::SEEN), channel };
+                let pixels = |i: usize| Pixels { window: &windows[i], next: Some((&next[i], X::SEEN)), channel };
                 // The next vector of channels, or the next word's first.
                 let after = match channel + S::LANES {
                     channel if channel < channels => start(word, channel),
