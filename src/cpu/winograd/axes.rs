@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
-pub(super) trait Source<S: Simd>: Copy {
+pub(super) trait Source<S: Simd> {
     /// Whether a column has anything but zeros.
     #[inline(always)]
     fn has_column(&self, _j: usize) -> bool {
@@ -31,7 +31,6 @@ pub(super) trait Sink<S: Simd> {
 }
 
 /// A vector of channels of each pixel.
-#[derive(Clone, Copy)]
 pub(super) struct Pixels<'a, T> {
     /// Has a vector from `channel` on.
     pub window: &'a Window<'a, T>,
@@ -59,7 +58,6 @@ impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
 }
 
 /// A vector of columns of each tap of 3x3 filters.
-#[derive(Clone, Copy)]
 pub(super) struct Taps<'a> {
     /// Valid for a vector from `column` on.
     pub taps: &'a [&'a [f32]; 9],
@@ -150,13 +148,13 @@ impl<W: Float, S: Simd> Sink<S> for Words<W> {
 }
 
 /// A transform along both axes.
-pub(super) trait AlongBoth: Copy {
+pub(super) trait AlongBoth {
     /// Mark it `#[inline(always)]`.
     ///
     /// # Safety
     /// The source has a row for each value along the columns and a column for each along the rows, the sink room for each of their
     /// results.
-    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>);
+    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>);
 }
 
 /// `D` along the columns, and then `A` along the rows.
@@ -168,17 +166,9 @@ impl<D, A> Along<D, A> {
     }
 }
 
-impl<D, A> Clone for Along<D, A> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<D, A> Copy for Along<D, A> {}
-
 impl<D: Transform, A: Transform> AlongBoth for Along<D, A> {
     #[inline(always)]
-    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
         // SAFETY: the contract.
         unsafe {
             along_columns::<D, S>(simd, room, source, A::VALUES);
@@ -206,17 +196,9 @@ impl<X> OfTile<X> {
     }
 }
 
-impl<X> Clone for OfTile<X> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<X> Copy for OfTile<X> {}
-
 impl<X: OfTiles> AlongBoth for OfTile<X> {
     #[inline(always)]
-    unsafe fn apply<S: Simd>(self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
         let [down, across] = self.outputs;
         let columns = with_outputs!(X::AXIS, across, M => <X::Of<M> as Transform>::VALUES);
         // SAFETY: the contract.
@@ -289,7 +271,7 @@ unsafe fn along_rows<A: Transform, S: Simd>(
 #[inline(always)]
 pub(super) unsafe fn transform_words<S: Simd, W: Float>(
     simd: S,
-    transform: impl AlongBoth,
+    transform: &impl AlongBoth,
     [first, last]: [impl Source<S>; 2],
     [room, plane]: &mut [Room; 2],
     words: Plane<W>,

@@ -130,7 +130,7 @@ impl<W: Float> Task for FilterTransform<'_, W> {
                 let words = Plane { first: out.add(at(column)), steps };
                 transform_words(
                     simd,
-                    Along::<Filter<W, 1>, Filter<W, 1>>::new(),
+                    &Along::<Filter<W, 1>, Filter<W, 1>>::new(),
                     taps,
                     &mut rooms,
                     words,

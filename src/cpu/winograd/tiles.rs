@@ -214,14 +214,6 @@ struct PositionSums<'a, T, W, const STRIDE: usize> {
     far: bool,
 }
 
-impl<T, W, const STRIDE: usize> Clone for PositionSums<'_, T, W, STRIDE> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T, W, const STRIDE: usize> Copy for PositionSums<'_, T, W, STRIDE> {}
-
 impl<T: Float, W: Float, S: Simd, const STRIDE: usize> Source<S> for PositionSums<'_, T, W, STRIDE> {
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {

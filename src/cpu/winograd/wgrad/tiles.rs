@@ -110,7 +110,7 @@ impl<T: Float, W: Float, X: Side> Task for TransformTiles<'_, T, W, X> {
                 };
                 let words = Plane { first: start(word, channel), steps: [X::RESULTS * result, result] };
                 // SAFETY: pixels have as many channels; there is room for each word at each result, and these are this task's.
-                unsafe { transform_words(simd, tile, [pixels(0), pixels(1)], &mut rooms, words, after) };
+                unsafe { transform_words(simd, &tile, [pixels(0), pixels(1)], &mut rooms, words, after) };
             }
         }
     }
