@@ -4,7 +4,7 @@ use crate::cpu::float::{Float, convert};
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 /// Rows of B that are packed together, so that what they write stays in L1.
 const PACK_ROWS: usize = 64;
@@ -19,32 +19,14 @@ pub struct PackedB<T = f32> {
     panels: Scratch<T>,
 }
 
-/// Filters as the type of activations.
-enum Narrowed<'a, T> {
-    Same(&'a [T]),
-    Rounded(Scratch<T>),
-}
-
-impl<'a, T: Float> Narrowed<'a, T> {
-    fn new(x: &'a [f32]) -> Self {
-        if T::PER_WORD == 1 {
-            return Narrowed::Same(bytemuck::cast_slice(x));
-        }
-        let mut rounded = Scratch::take(x.len());
-        convert(x, &mut rounded);
-        Narrowed::Rounded(rounded)
+/// Calls `f` with filters as the type of activations.
+fn narrowed<T: Float, R>(x: &[f32], f: impl FnOnce(&[T]) -> R) -> R {
+    if T::PER_WORD == 1 {
+        return f(bytemuck::cast_slice(x));
     }
-}
-
-impl<T: Float> Deref for Narrowed<'_, T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        match self {
-            Narrowed::Same(x) => x,
-            Narrowed::Rounded(x) => x,
-        }
-    }
+    let mut rounded = Scratch::take(x.len());
+    convert(x, &mut rounded);
+    f(&rounded)
 }
 
 /// A run of `run` values of the depth, in whole words.
@@ -68,22 +50,23 @@ impl<T: Float> PackedB<T> {
     /// From the columns one after the other, `[columns, depth]`: filters `[O, KH*KW*I]`, a linear layer's `[out, in]`. The
     /// depth consists of runs of `run` values, each of which begins with a new word.
     pub fn from_columns(isa: Isa, b: &[f32], depth: usize, columns: usize, run: usize) -> Self {
-        let b = &*Narrowed::<T>::new(b);
         assert!(b.len() == depth * columns && depth.is_multiple_of(run.max(1)));
         let padded = padded_run::<T>(run);
-        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
-            if padded != run || range.len() < width {
-                out.fill(T::default());
-            }
-            for start in (0..depth).step_by(PACK_ROWS) {
-                for (i, column) in range.clone().enumerate() {
-                    let values = &b[column * depth..][start..depth.min(start + PACK_ROWS)];
-                    for (k, &value) in (start..).zip(values) {
-                        let k = if padded == run { k } else { k / run * padded + k % run };
-                        out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = value;
+        narrowed(b, |b: &[T]| {
+            Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
+                if padded != run || range.len() < width {
+                    out.fill(T::default());
+                }
+                for start in (0..depth).step_by(PACK_ROWS) {
+                    for (i, column) in range.clone().enumerate() {
+                        let values = &b[column * depth..][start..depth.min(start + PACK_ROWS)];
+                        for (k, &value) in (start..).zip(values) {
+                            let k = if padded == run { k } else { k / run * padded + k % run };
+                            out[(k / T::PER_WORD * width + i) * T::PER_WORD + k % T::PER_WORD] = value;
+                        }
                     }
                 }
-            }
+            })
         })
     }
 
@@ -97,21 +80,22 @@ impl<T: Float> PackedB<T> {
         start: impl Fn(usize) -> usize + Sync,
     ) -> Self {
         assert!(depth.is_multiple_of(run.max(1)));
-        let b = &*Narrowed::<T>::new(b);
         let padded = padded_run::<T>(run);
         let nothing = vec![T::default(); columns];
-        Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
-            // Row `k` counts the padding, of which there is at most one row at the end of a run.
-            let row = |k: usize| match k % padded < run {
-                true => &b[start(k / padded * run + k % padded)..][..columns][range.clone()],
-                false => &nothing[range.clone()],
-            };
-            for (word, out) in out.chunks_exact_mut(width * T::PER_WORD).enumerate() {
-                let (values, rest) = out.split_at_mut(range.len() * T::PER_WORD);
-                let first = word * T::PER_WORD;
-                T::interleave(&[row(first), row(first + T::PER_WORD - 1)], values);
-                rest.fill(T::default());
-            }
+        narrowed(b, |b: &[T]| {
+            Self::pack(isa, depth / run.max(1) * padded, columns, |range, width, out| {
+                // Row `k` counts the padding, of which there is at most one row at the end of a run.
+                let row = |k: usize| match k % padded < run {
+                    true => &b[start(k / padded * run + k % padded)..][..columns][range.clone()],
+                    false => &nothing[range.clone()],
+                };
+                for (word, out) in out.chunks_exact_mut(width * T::PER_WORD).enumerate() {
+                    let (values, rest) = out.split_at_mut(range.len() * T::PER_WORD);
+                    let first = word * T::PER_WORD;
+                    T::interleave(&[row(first), row(first + T::PER_WORD - 1)], values);
+                    rest.fill(T::default());
+                }
+            })
         })
     }
 

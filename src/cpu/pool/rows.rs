@@ -2,7 +2,6 @@
 
 use super::PoolShape;
 use crate::cpu::simd::{Simd, Task};
-use std::ops::Range;
 
 /// The first three of what a window covers, the last again where there are fewer: most windows have as many, and their greatest takes one
 /// pass.
@@ -170,7 +169,7 @@ pub struct PoolRowWithPlaces<'a, K> {
     pub places: &'a mut [u8],
 }
 
-impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
+impl<'a, K: Ordered> Task for PoolRowWithPlaces<'a, K> {
     type Output = ();
     const BF16: bool = false;
 
@@ -180,11 +179,14 @@ impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
         let (c, kernel) = (shape.c, shape.kernel);
         let rows = || shape.covered_places(row, shape.h).map(|(ky, _)| ky).zip(x.chunks_exact(shape.w * c));
         let of_rows = three(&mut rows());
+        // Windows of up to three by three at once, as far as there are enough channels.
+        let at_once = if kernel <= 3 { c / CHANNELS * CHANNELS } else { 0 };
         for (window, (y, places)) in y.chunks_exact_mut(c).zip(places.chunks_exact_mut(c)).enumerate() {
             let columns = || shape.covered_places(window, shape.w);
-            let pixel = |(ky, row), (kx, ix)| Pixel::of(row, ky * kernel + kx, ix * c..(ix + 1) * c);
-            // Windows of up to three by three at once, as far as there are enough channels.
-            let at_once = if kernel <= 3 { c / CHANNELS * CHANNELS } else { 0 };
+            let pixel = |(ky, row): (usize, &'a [K]), (kx, ix)| Pixel {
+                place: K::of_place((ky * kernel + kx) as u8),
+                x: &row[ix * c..(ix + 1) * c],
+            };
             if at_once > 0 {
                 let columns = three(&mut columns());
                 let mut pixels = [pixel(of_rows[0], columns[0]); 9];
@@ -214,13 +216,6 @@ impl<K: Ordered> Task for PoolRowWithPlaces<'_, K> {
 struct Pixel<'a, K> {
     place: K,
     x: &'a [K],
-}
-
-impl<'a, K: Ordered> Pixel<'a, K> {
-    #[inline(always)]
-    fn of(row: &'a [K], place: usize, channels: Range<usize>) -> Self {
-        Pixel { place: K::of_place(place as u8), x: &row[channels] }
-    }
 }
 
 /// Channels whose windows are pooled at once.

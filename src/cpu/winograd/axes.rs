@@ -107,14 +107,14 @@ impl<W: Float, S: Simd> Sink<S> for Plane<W> {
     }
 }
 
-/// Vectors in memory, and those that will be stored after them, if they are to be asked for meanwhile: so many places, far apart, do not come by
+/// Where vectors go, and where others will after them, if that is to be asked for meanwhile: so many places, far apart, do not come by
 /// themselves.
-pub(super) struct Asking<W> {
-    pub to: Plane<W>,
+pub(super) struct Asking<K, W> {
+    pub to: K,
     pub next: Option<Plane<W>>,
 }
 
-impl<W: Float, S: Simd> Sink<S> for Asking<W> {
+impl<K: Sink<S>, W: Float, S: Simd> Sink<S> for Asking<K, W> {
     #[inline(always)]
     unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
         // SAFETY: the caller's; of what is asked for nothing is read.
@@ -131,8 +131,6 @@ impl<W: Float, S: Simd> Sink<S> for Asking<W> {
 struct Words<W> {
     words: Plane<W>,
     last: Plane<f32>,
-    /// As [`Asking`].
-    next: Plane<W>,
 }
 
 impl<W: Float, S: Simd> Sink<S> for Words<W> {
@@ -142,7 +140,6 @@ impl<W: Float, S: Simd> Sink<S> for Words<W> {
         unsafe {
             let last = if W::PER_WORD > 1 { self.last.load(simd, i, j) } else { value };
             W::store_words(simd, self.words.at(i, j), value, last);
-            simd.prefetch_near(self.next.at(i, j).cast_const().cast());
         }
     }
 }
@@ -284,6 +281,6 @@ pub(super) unsafe fn transform_words<S: Simd, W: Float>(
         if W::PER_WORD > 1 {
             transform.apply(simd, room, last, plane);
         }
-        transform.apply(simd, room, first, Words { words, last: plane, next });
+        transform.apply(simd, room, first, Asking { to: Words { words, last: plane }, next: Some(next) });
     }
 }

@@ -129,8 +129,9 @@ impl Part {
             })
             .collect();
         let beyond = Place { image: extents.images, top: 0, left: 0 };
-        for class in 0..CLASSES {
-            let count = places.iter().filter(|(of, _)| *of == class).count();
+        let mut counts = [0usize; CLASSES];
+        places.iter().for_each(|(class, _)| counts[*class] += 1);
+        for (class, count) in counts.into_iter().enumerate() {
             places.extend(std::iter::repeat_n((class, beyond), count.next_multiple_of(together) - count));
         }
         places.sort_by_key(|(class, _)| *class);

@@ -40,6 +40,31 @@ impl<W: Float, const STRIDE: usize> OfTiles for OfInputs<W, STRIDE> {
     const AXIS: Axis = axis::<W>(STRIDE);
 }
 
+/// A side of the products that pixels are transformed to.
+pub(super) trait Side: OfTiles {
+    /// Pixels that a whole tile sees along an axis, and what they are transformed to.
+    const SEEN: usize;
+    const RESULTS: usize;
+    /// The first pixel that a tile sees whose first output is `output`.
+    fn first(output: usize) -> isize;
+
+    /// What a tile sees of pictures of these extents.
+    #[inline(always)]
+    fn window<T: Float>(pictures: &[T], extents: [usize; 3], place: Place) -> Window<'_, T> {
+        let first = [Self::first(place.top), Self::first(place.left)];
+        Window::new(pictures, place.image, extents, first, Self::SEEN)
+    }
+}
+
+impl<W: Float, const STRIDE: usize> Side for OfInputs<W, STRIDE> {
+    const SEEN: usize = inputs(Self::AXIS, Self::AXIS.outputs);
+    const RESULTS: usize = slots(Self::AXIS);
+    #[inline(always)]
+    fn first(output: usize) -> isize {
+        first_input(Self::AXIS, output)
+    }
+}
+
 /// `B^T d B` of some channels of some tiles of a part.
 pub(super) struct Inputs<'a, T, W, const STRIDE: usize> {
     pub x: &'a [T],
@@ -71,10 +96,12 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             // The next tile, or the last again.
             let following = self.tiles.end.min(tile + 2) - 1;
             let transform = OfTile::<OfInputs<W, STRIDE>>::new(self.part.outputs[self.part.class_of(tile)]);
-            let window = &self.window(tile);
-            let next_window = &if far { Some(self.window(following)) } else { None };
+            let window =
+                |tile: usize| OfInputs::<W, STRIDE>::window(self.x, self.extents.input, self.part.places[tile]);
+            let (window, next_window) = (&window(tile), &if far { Some(window(following)) } else { None });
             for channel in self.channels.clone().step_by(S::LANES) {
-                let pixels = Pixels { window, next: next_window.as_ref().map(|next| (next, Self::SEEN)), channel };
+                let seen = OfInputs::<W, STRIDE>::SEEN;
+                let pixels = Pixels { window, next: next_window.as_ref().map(|next| (next, seen)), channel };
                 let next = match channel + S::LANES {
                     channel if channel < self.channels.end => start(tile, channel),
                     _ => start(following, self.channels.start),
@@ -85,19 +112,6 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
                 unsafe { transform.apply(simd, &mut room, pixels, slots) };
             }
         }
-    }
-}
-
-impl<'a, T: Float, W: Float, const STRIDE: usize> Inputs<'a, T, W, STRIDE> {
-    /// Inputs that a whole tile sees along an axis.
-    const SEEN: usize = inputs(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
-
-    /// What a tile sees.
-    #[inline(always)]
-    fn window(&self, tile: usize) -> Window<'a, T> {
-        let Place { image, top, left } = self.part.places[tile];
-        let first = [top, left].map(|at| first_input(axis::<W>(STRIDE), at));
-        Window::new(self.x, image, self.extents.input, first, Self::SEEN)
     }
 }
 

@@ -10,8 +10,7 @@ mod sums;
 mod tiles;
 
 use super::Algorithm;
-use super::parts::{Extents, TileGrid, spread};
-use super::transforms::*;
+use super::parts::spread;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
@@ -36,15 +35,10 @@ const MAX_CHANNELS_OF_FEW: usize = 256;
 /// Pixels that are enough for more channels.
 const MANY_PIXELS: usize = 512;
 
-/// Whether products are f32, whatever activations are.
-fn multiplies_f32<T: Float>(isa: Isa) -> bool {
-    T::PER_WORD == 1 || !super::multiplies::<T>(isa)
-}
-
 /// Whether the gradient to the filter of this convolution is taken by this algorithm.
 pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
-    let exact = multiplies_f32::<T>(isa);
+    let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
     let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
     // With a stride little more than half of the products are left: tiles multiply all of them sooner.
@@ -119,8 +113,11 @@ const GROUPS: usize = 8;
 
 /// Whether [`backward_filter_by_pictures`] is for this convolution: a picture's tiles take more room than the sums.
 pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
-    let outputs = if multiplies_f32::<T>(isa) { axis::<f32>(1) } else { axis::<T>(1) }.outputs;
-    let tiles = TileGrid::new(Extents { images: 1, ..Extents::of(shape) }, outputs).count();
+    let image = ConvShape { n: 1, ..*shape };
+    let tiles = match super::multiplies::<T>(isa) {
+        true => Sums::<T, 1>::tiles(&image),
+        false => Sums::<f32, 1>::tiles(&image),
+    };
     shape.stride == [1, 1] && suits::<T>(isa, shape) && shape.c * shape.o <= tiles * (shape.c + shape.o)
 }
 
@@ -134,9 +131,9 @@ pub fn backward_filter_by_pictures<T: Float>(
     dfilter: &mut [f32],
 ) {
     assert!(suits_pictures::<T>(isa, shape), "a convolution that this is for");
-    match multiplies_f32::<T>(isa) {
-        true => by_pictures_of::<T, f32>(isa, x, shape, make, dfilter),
-        false => by_pictures_of::<T, T>(isa, x, shape, make, dfilter),
+    match super::multiplies::<T>(isa) {
+        true => by_pictures_of::<T, T>(isa, x, shape, make, dfilter),
+        false => by_pictures_of::<T, f32>(isa, x, shape, make, dfilter),
     }
 }
 

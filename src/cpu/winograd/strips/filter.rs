@@ -19,7 +19,7 @@ pub struct StripFilter<W> {
 impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`; `c` is a whole number of words and `o` of vectors.
     pub fn new(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        Self::pack(isa, filter.len(), c, o, |channels, columns, out| {
+        Self::pack(isa, filter, c, o, |channels, columns, out| {
             let filters = &filter[columns.start * TAPS * TAPS * c..][..columns.len() * TAPS * TAPS * c];
             if W::PER_WORD == 1 {
                 return dispatch(isa, Turn::<W> { filters: bytemuck::cast_slice(filters), c, channels, out });
@@ -36,7 +36,7 @@ impl<W: Float> StripFilter<W> {
     /// From filters `[o, 3, 3, c]`, for the gradient to the input: the convolution of the output's gradient with the filters
     /// turned by half a turn and their channels exchanged, which must be whole numbers of words and of vectors.
     pub fn for_backward_input(isa: Isa, filter: &[f32], o: usize, c: usize) -> Self {
-        Self::pack(isa, filter.len(), o, c, |channels, columns, out| {
+        Self::pack(isa, filter, o, c, |channels, columns, out| {
             let filters = &filter[channels.start * TAPS * TAPS * c..channels.end * TAPS * TAPS * c];
             dispatch(isa, Exchange { filters, c, column: columns.start, out });
         })
@@ -45,7 +45,7 @@ impl<W: Float> StripFilter<W> {
     /// From `c` to `o` channels; `copy(channels, columns, out)` fills some channels of a vector's.
     fn pack(
         isa: Isa,
-        filter_len: usize,
+        filter: &[f32],
         c: usize,
         o: usize,
         copy: impl Fn(Range<usize>, Range<usize>, &mut [W]) + Sync,
@@ -53,9 +53,9 @@ impl<W: Float> StripFilter<W> {
         // Runs of a tap that are read together; what is written of them fits L1.
         const CHANNELS: usize = 64;
         let lanes = isa.lanes();
-        assert_eq!(filter_len, o * TAPS * TAPS * c);
+        assert_eq!(filter.len(), o * TAPS * TAPS * c);
         assert!(c.is_multiple_of(W::PER_WORD) && o.is_multiple_of(lanes), "channels are whole words and vectors");
-        let mut taps = Scratch::take(filter_len);
+        let mut taps = Scratch::take(filter.len());
         taps.par_chunks_exact_mut(c * TAPS * TAPS * lanes).enumerate().for_each(|(vector, out)| {
             for (i, out) in out.chunks_mut(CHANNELS * TAPS * TAPS * lanes).enumerate() {
                 copy(i * CHANNELS..c.min((i + 1) * CHANNELS), vector * lanes..(vector + 1) * lanes, out);

@@ -2,9 +2,9 @@
 
 use super::super::axes::*;
 use super::super::parts::{Extents, Part, TileGrid, spread};
-use super::super::tiles::OfInputs;
+use super::super::tiles::{OfInputs, Side};
 use super::super::transforms::*;
-use super::tiles::{Layout, OfGradients, Side, TransformTiles};
+use super::tiles::{Layout, OfGradients, TransformTiles};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Output, Stream};

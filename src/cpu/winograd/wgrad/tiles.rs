@@ -4,9 +4,9 @@
 //! tiles of a word are of the same extents.
 
 use super::super::axes::*;
-use super::super::parts::{Part, Place, spread};
-use super::super::points::{Axis, first_input, inputs, positions, slots};
-use super::super::tiles::OfInputs;
+use super::super::parts::{Part, spread};
+use super::super::points::{Axis, positions};
+use super::super::tiles::Side;
 use super::super::transforms::*;
 use super::super::window::Window;
 use crate::cpu::float::Float;
@@ -14,24 +14,6 @@ use crate::cpu::gemm::Output;
 use crate::cpu::simd::{Simd, Task};
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// One side of the products.
-pub(super) trait Side: OfTiles {
-    /// Pixels that a whole tile sees along an axis, and what they are transformed to.
-    const SEEN: usize;
-    const RESULTS: usize;
-    /// The first pixel that a tile sees whose first output is `output`.
-    fn first(output: usize) -> isize;
-}
-
-impl<W: Float, const STRIDE: usize> Side for OfInputs<W, STRIDE> {
-    const SEEN: usize = inputs(Self::AXIS, Self::AXIS.outputs);
-    const RESULTS: usize = slots(Self::AXIS);
-    #[inline(always)]
-    fn first(output: usize) -> isize {
-        first_input(Self::AXIS, output)
-    }
-}
 
 /// The outputs' gradients.
 pub(super) struct OfGradients<W, const STRIDE: usize>(PhantomData<W>);
@@ -121,9 +103,7 @@ impl<T: Float, W: Float, X: Side> TransformTiles<'_, T, W, X> {
     #[inline(always)]
     fn windows(&self, word: usize) -> [Window<'_, T>; 2] {
         let window = |i: usize| match self.part.places[word * W::PER_WORD + i] {
-            Place { image, top, left } if image < self.n => {
-                Window::new(self.pictures, image, self.extents, [X::first(top), X::first(left)], X::SEEN)
-            }
+            place if place.image < self.n => X::window(self.pictures, self.extents, place),
             _ => Window::empty(),
         };
         [window(0), if W::PER_WORD > 1 { window(W::PER_WORD - 1) } else { Window::empty() }]
