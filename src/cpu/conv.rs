@@ -5,8 +5,8 @@ use super::gather::Gather;
 use super::gemm::{Epilogue, PackedB, multiply};
 use super::pool::{PoolShape, max_pool, max_pool_as_computed};
 use super::simd::Isa;
+use super::tiles::TileFilter;
 use super::tiles::multiply::Product;
-use super::tiles::{self, TileFilter};
 use super::winograd::{self, Algorithm, Winograd};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -209,8 +209,8 @@ impl<T: Float> PackedFilter<T> {
 pub enum Purpose {
     /// Results alone.
     Inference,
-    /// Gradients as well: a ReLU whose input is zero up to rounding passes its gradient or not, which a gradient far below sums up. In the
-    /// first layer, whose errors all others pass on, f32 is then multiplied as exactly as one by one.
+    /// Gradients as well: a ReLU whose input is zero up to rounding passes its gradient or not, which a gradient far below sums up. Products of
+    /// f32 by taps, of which the first layer's errors are passed on by all others, then lose no more than f32 itself does.
     Training,
 }
 
@@ -222,9 +222,8 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, purpos
         true => Algorithm::Rows,
         false => winograd::algorithm(isa, shape, shape.c, shape.o),
     };
-    if isa.has_tiles() && (T::PER_WORD == 2 || purpose == Purpose::Training || !saves_most(algorithm, shape)) {
-        let parts = if exact && shape.merges_taps() { tiles::EXACT } else { tiles::parts_of::<T>() };
-        return PackedFilter::Tiles(isa, on_tiles_product(shape).pack_columns(isa, filter, shape.o, parts));
+    if suits_tiles::<T>(isa, algorithm, shape) && !(exact && algorithm == Algorithm::Direct) {
+        return PackedFilter::Tiles(isa, on_tiles_product(shape).pack_columns::<T>(isa, filter, shape.o));
     }
     match algorithm {
         Algorithm::Direct => PackedFilter::Direct(pack_filter_directly(isa, filter, shape)),
@@ -235,11 +234,16 @@ pub fn pack_filter<T: Float>(isa: Isa, filter: &[f32], shape: &ConvShape, purpos
     }
 }
 
-/// Whether an algorithm leaves so few products that inference in f32 is left to vectors. On a core of one's own three times all products on
-/// tiles would take 3 to 8 % less; but beside a program that multiplies tiles too, tiles take four times as long, vectors twice, and inference on tiles
-/// 1.3 times what it takes so.
-fn saves_most(algorithm: Algorithm, shape: &ConvShape) -> bool {
-    algorithm != Algorithm::Direct && (algorithm == Algorithm::Rows || shape.stride == [1, 1])
+/// Whether tiles, where there are any, are as fast as an algorithm by vectors for a forward pass or the gradient to the input. They are in bf16, and in
+/// f32 unless very few products are left: on a core of one's own three times all products on tiles take 0.8 to 1.1 times as long as those, but
+/// beside a program that multiplies tiles too, tiles take three to four times as long, vectors one and a half.
+fn suits_tiles<T: Float>(isa: Isa, algorithm: Algorithm, shape: &ConvShape) -> bool {
+    let few_are_left = match algorithm {
+        Algorithm::Direct => false,
+        Algorithm::Rows => true,
+        Algorithm::Blocks | Algorithm::Strips => shape.stride == [1, 1],
+    };
+    isa.has_tiles() && (T::PER_WORD == 2 || !few_are_left)
 }
 
 /// Filters `[o, kh, kw, c]` packed for [`forward_directly`].

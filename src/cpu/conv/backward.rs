@@ -27,14 +27,14 @@ enum BackwardFilter<T> {
 impl<T: Float> BackwardFilter<T> {
     /// For a convolution of this geometry, or none if a product over the patches suits it best.
     fn new(isa: Isa, filter: &[f32], shape: &ConvShape) -> Option<Self> {
-        if isa.has_tiles() {
-            let parts = tiles::parts_of::<T>();
+        let algorithm = winograd::algorithm(isa, shape, shape.o, shape.c);
+        if suits_tiles::<T>(isa, algorithm, shape) {
             let pack = |(taps, gather): (Vec<usize>, Gather)| {
-                Product::new(gather).pack_rows(isa, filter, shape.c, parts, row_of_filter(shape, &taps))
+                Product::new(gather).pack_rows::<T>(isa, filter, shape.c, row_of_filter(shape, &taps))
             };
             return Some(BackwardFilter::Tiles(isa, stride_classes(shape, shape.o).map(pack).collect()));
         }
-        match winograd::algorithm(isa, shape, shape.o, shape.c) {
+        match algorithm {
             Algorithm::Direct => None,
             algorithm if winograd::multiplies::<T>(isa) => {
                 Some(BackwardFilter::Same(Winograd::for_backward_input(isa, algorithm, filter, shape)))

@@ -42,8 +42,7 @@ pub trait Tiles {
     /// # Safety
     /// `a` and `b` are valid for that.
     unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], again: Again);
-    /// The same for values in parts, the more significant ones first: adds the products that matter, of two parts three, of three
-    /// parts six.
+    /// The same for values in one part, or in two, the more significant one first, whose three products are added that matter.
     ///
     /// # Safety
     /// As of [`Tiles::multiply`], for each part.
@@ -55,9 +54,14 @@ pub trait Tiles {
         b: [[*const bf16; 2]; PARTS],
         again: Again,
     ) {
-        for &[i, j] in products(PARTS) {
-            // SAFETY: the contract.
-            unsafe { self.multiply(a[i], a_stride, b[j], again) };
+        const { assert!(PARTS == 1 || PARTS == 2) };
+        // SAFETY: the contract.
+        unsafe {
+            self.multiply(a[PARTS - 1], a_stride, b[0], again);
+            if PARTS == 2 {
+                self.multiply(a[0], a_stride, b[0], again);
+                self.multiply(a[0], a_stride, b[1], again);
+            }
         }
     }
     /// Stores the sums.
@@ -67,18 +71,7 @@ pub trait Tiles {
     unsafe fn finish(&mut self, sums: *mut f32, stride: usize);
 }
 
-/// The products of values in so many parts that are no smaller than the rest that no part has, as parts of A and of B. The least come first,
-/// and each has a side in common with the one before it.
-fn products(parts: usize) -> &'static [[usize; 2]] {
-    match parts {
-        1 => &[[0, 0]],
-        2 => &[[1, 0], [0, 0], [0, 1]],
-        3 => &[[2, 0], [1, 0], [1, 1], [0, 1], [0, 0], [0, 2]],
-        _ => unreachable!("values have three parts at most"),
-    }
-}
-
-/// What the instructions do, in plain Rust.
+/// What the instructions do, in plain Rust, to the same bits but for numbers that are not normal, which they take for zero.
 pub struct Emulated([[f32; TILE]; TILE]);
 
 impl Tiles for Emulated {
@@ -95,19 +88,26 @@ impl Tiles for Emulated {
     }
 
     unsafe fn multiply(&mut self, a: [*const bf16; 2], a_stride: usize, b: [*const bf16; 2], _: Again) {
-        for k in 0..STEP / 2 {
-            for (half, b) in b.into_iter().enumerate() {
+        for (half, b) in b.into_iter().enumerate() {
+            // Of a row of pairs the first values, and the second.
+            let b: [[[f32; TILE / 2]; 2]; STEP / 2] = std::array::from_fn(|k| {
                 // SAFETY: the contract.
-                let b = unsafe { b.add(k * TILE).cast::<[[bf16; 2]; TILE / 2]>().read() };
-                let b = b.map(|pair| pair.map(bf16::to_f32));
-                for (i, row) in self.0.iter_mut().enumerate() {
+                let pairs = unsafe { b.add(k * TILE).cast::<[[bf16; 2]; TILE / 2]>().read() };
+                [pairs.map(|[first, _]| first.to_f32()), pairs.map(|[_, second]| second.to_f32())]
+            });
+            for (i, row) in self.0.iter_mut().enumerate() {
+                // Either has sums of its own, which are added to what is there in the end. Products of two bf16 are exact in f32.
+                let mut sums = [[0.0; TILE / 2]; 2];
+                for (k, b) in b.iter().enumerate() {
                     let at = i % (TILE / 2) * a_stride + 2 * k;
                     // SAFETY: the contract.
                     let pair = unsafe { a[i / (TILE / 2)].add(at).cast::<[bf16; 2]>().read_unaligned() };
-                    let [low, high] = pair.map(bf16::to_f32);
-                    for (sum, b) in row[half * (TILE / 2)..].iter_mut().zip(&b) {
-                        *sum += low * b[0] + high * b[1];
+                    for ((sums, a), b) in sums.iter_mut().zip(pair.map(bf16::to_f32)).zip(b) {
+                        sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
                     }
+                }
+                for (column, sum) in row[half * (TILE / 2)..].iter_mut().take(TILE / 2).enumerate() {
+                    *sum += sums[0][column] + sums[1][column];
                 }
             }
         }
@@ -231,37 +231,21 @@ mod hardware {
             b: [[*const bf16; 2]; PARTS],
             again: Again,
         ) {
-            // The side that neighbours of `products` have in common is loaded once.
-            macro_rules! with {
-                (a $part:expr) => {{
-                    let a = a[$part];
-                    match again {
-                        Again::Both | Again::Left => products!(a: "tileloadd" a a_stride),
-                        Again::Neither => products!(a: "tileloaddt1" a a_stride),
-                    }
-                }};
-                (b $part:expr) => {{
-                    let b = b[$part];
-                    match again {
-                        Again::Both => products!(b: "tileloadd" b),
-                        Again::Left | Again::Neither => products!(b: "tileloaddt1" b),
-                    }
-                }};
-            }
-            const { assert!(PARTS >= 1 && PARTS <= 3) };
+            const { assert!(PARTS == 1 || PARTS == 2) };
             // SAFETY: the contract; `new` has configured the tiles, and nothing but these products loads them.
             unsafe {
                 self.multiply(a[PARTS - 1], a_stride, b[0], again);
                 if PARTS == 2 {
-                    with!(a 0);
-                    with!(b 1);
-                }
-                if PARTS == 3 {
-                    with!(a 1);
-                    with!(b 1);
-                    with!(a 0);
-                    with!(b 0);
-                    with!(b 2);
+                    // One side is there from the product before, and is not loaded again.
+                    let (a, b) = (a[0], b[1]);
+                    match again {
+                        Again::Both | Again::Left => products!(a: "tileloadd" a a_stride),
+                        Again::Neither => products!(a: "tileloaddt1" a a_stride),
+                    }
+                    match again {
+                        Again::Both => products!(b: "tileloadd" b),
+                        Again::Left | Again::Neither => products!(b: "tileloaddt1" b),
+                    }
                 }
             }
         }
@@ -331,5 +315,49 @@ mod hardware {
         }
         let right = product::<Emulated>(&a, &b, Again::Both);
         [Again::Both, Again::Left, Again::Neither].into_iter().all(|again| product::<Amx>(&a, &b, again) == right)
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    /// What two steps in two parts add to sums.
+    fn sums_of<U: Tiles>(values: &[bf16], sums: &[f32], again: Again) -> Vec<u32> {
+        let mut out = vec![0.0; TILE * TILE];
+        let mut tiles = U::new();
+        let part = |i: usize| &values[i * TILE * STEP..][..TILE * STEP];
+        // SAFETY: each part is two tiles, and sums are four.
+        unsafe {
+            tiles.start(sums.as_ptr(), TILE);
+            for step in 0..2 {
+                let a = [0, 1].map(|i| [0, 1].map(|half| part(4 * step + i)[half * TILE / 2 * STEP..].as_ptr()));
+                let b = [2, 3].map(|i| [0, 1].map(|half| part(4 * step + i)[half * STEP / 2 * TILE..].as_ptr()));
+                tiles.multiply_parts(a, STEP, b, again);
+            }
+            tiles.finish(out.as_mut_ptr(), TILE);
+        }
+        out.into_iter().map(f32::to_bits).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        #[test]
+        fn the_instructions_give_the_bits_of_plain_rust(
+            values in vec((-4.0f32..4.0).prop_map(bf16::from_f32), 8 * TILE * STEP),
+            sums in vec(-4.0f32..4.0, TILE * TILE),
+        ) {
+            if !is_available() {
+                eprintln!("skipped: there is no AMX here");
+                return Ok(());
+            }
+            let want = sums_of::<Emulated>(&values, &sums, Again::Both);
+            for again in [Again::Both, Again::Left, Again::Neither] {
+                prop_assert!(sums_of::<Amx>(&values, &sums, again) == want, "{again:?}");
+            }
+        }
     }
 }

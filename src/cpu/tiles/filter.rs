@@ -3,7 +3,7 @@
 use super::super::float::split;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{STEP, TILE};
-use super::{EXACT, HALF, RIGHT, split_pairs, transpose};
+use super::{HALF, MOST, RIGHT, split_pairs, transpose};
 use crate::tensor::pool::Scratch;
 use half::bf16;
 use rayon::prelude::*;
@@ -80,7 +80,7 @@ impl Task for Columns<'_> {
         let Columns { b, depth, columns, steps, order, parts, first, out } = self;
         let step_len = parts * RIGHT;
         // Of each part the values of a step, whose pairs are words that are turned.
-        let mut values = [[[bf16::ZERO; STEP]; HALF]; EXACT];
+        let mut values = [[[bf16::ZERO; STEP]; HALF]; MOST];
         for (range, at) in halves(out.len(), steps.len() * step_len, first, columns) {
             for (i, &step) in order.iter().enumerate() {
                 let (start, count) = steps[step];

@@ -1,9 +1,8 @@
 //! Convolutions as products of bf16 tiles ([`amx`]).
 //!
 //! Tiles multiply bf16 alone. An f32 is the sum of two bf16 and a rest of 2^-18 of it; of the products of two such sums three matter
-//! (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). It is
-//! the sum of three bf16 and no rest; six products are then as exact as one of f32. What is packed is packed in so many parts; values that
-//! are bf16 have one.
+//! (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). What
+//! is packed is packed in so many parts; values that are bf16 have one.
 //!
 //! Nothing is packed for each tap: `planes` are one rearranged copy of the input, and every tap of every output is a tile of it
 //! where it lies. The filter is packed in the order in which it is read (`filter`). [`multiply`] is the forward pass and the gradient to the input,
@@ -23,10 +22,10 @@ use amx::{STEP, TILE};
 pub use filter::TileFilter;
 use half::bf16;
 
-/// How many bf16 stand for an f32 that none of it is lost of.
-pub const EXACT: usize = 3;
+/// How many bf16 stand for a value at most.
+const MOST: usize = 2;
 
-/// How many bf16 stand for a value, where a rest of 2^-18 of it may be lost.
+/// How many bf16 stand for a value.
 pub fn parts_of<T: Float>() -> usize {
     3 - T::PER_WORD
 }

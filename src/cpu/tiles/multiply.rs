@@ -19,7 +19,7 @@ use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{Again, STEP, TILE, Tiles};
 use super::blocks::Blocks;
 use super::planes::{Arrangement, NONE, Part};
-use super::{HALF, Parts, RIGHT, TileFilter};
+use super::{HALF, Parts, RIGHT, TileFilter, parts_of};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -69,9 +69,9 @@ impl Product {
         Product { arrangement: Arrangement::of_rows(&gather, kw), gather, merged: Some(kw) }
     }
 
-    /// Packs the right side in so many parts, of which the left side will have as many. Its columns `[columns, taps, run]` follow one another.
-    pub fn pack_columns(&self, isa: Isa, b: &[f32], columns: usize, parts: usize) -> TileFilter {
-        let (taps, run) = (self.gather.taps.len(), self.gather.run);
+    /// Packs the right side for a left side of type `T`. Its columns `[columns, taps, run]` follow one another.
+    pub fn pack_columns<T: Float>(&self, isa: Isa, b: &[f32], columns: usize) -> TileFilter {
+        let (taps, run, parts) = (self.gather.taps.len(), self.gather.run, parts_of::<T>());
         assert_eq!(b.len(), taps * run * columns);
         let Some(kw) = self.merged else {
             let step = |chunk: usize, tap: usize| (tap * run + chunk * STEP, (run - chunk * STEP).min(STEP));
@@ -92,15 +92,14 @@ impl Product {
     }
 
     /// The same from rows of `columns` contiguous values, row `k` of the depth from `start(k)` on.
-    pub fn pack_rows(
+    pub fn pack_rows<T: Float>(
         &self,
         isa: Isa,
         b: &[f32],
         columns: usize,
-        parts: usize,
         start: impl Fn(usize) -> usize,
     ) -> TileFilter {
-        let (taps, run) = (self.gather.taps.len(), self.gather.run);
+        let (taps, run, parts) = (self.gather.taps.len(), self.gather.run, parts_of::<T>());
         let step = |chunk: usize, tap: usize| {
             (chunk * STEP..run.min((chunk + 1) * STEP)).map(|i| start(tap * run + i)).collect::<Vec<_>>()
         };
@@ -176,8 +175,7 @@ impl Product {
         let (width, tiles) = (self.arrangement.width(), PhantomData);
         match b.parts {
             1 => dispatch(isa, Job::<U, T, 1> { left, width, panels, b, c, epilogue, tiles }),
-            2 => dispatch(isa, Job::<U, T, 2> { left, width, panels, b, c, epilogue, tiles }),
-            _ => dispatch(isa, Job::<U, T, 3> { left, width, panels, b, c, epilogue, tiles }),
+            _ => dispatch(isa, Job::<U, T, 2> { left, width, panels, b, c, epilogue, tiles }),
         }
     }
 
