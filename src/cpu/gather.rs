@@ -36,6 +36,24 @@ pub struct Gather {
     pub target_start: [usize; 2],
 }
 
+/// Positions from which no tap falls on padding: what is found for each tap of the others is the same there for all.
+pub struct Inside {
+    /// Rows and columns of the source.
+    along: [Range<isize>; 2],
+    /// Where each tap begins, in floats from the position.
+    pub taps: Vec<isize>,
+}
+
+impl Inside {
+    /// Where in the source a position is, in floats, if it is one of these.
+    #[inline]
+    pub fn start(&self, gather: &Gather, [n, y, x]: [usize; 3]) -> Option<usize> {
+        let (y, x) = (y * gather.step[0], x * gather.step[1]);
+        let inside = self.along[0].contains(&(y as isize)) && self.along[1].contains(&(x as isize));
+        inside.then(|| ((n * gather.source[0] + y) * gather.source[1] + x) * gather.pixel)
+    }
+}
+
 impl Gather {
     /// Rows of a plain row-major matrix.
     pub fn matrix(rows: usize, columns: usize) -> Self {
@@ -109,6 +127,16 @@ impl Gather {
             let (y, x) = ((y + dy) as usize, (x + dx) as usize);
             if y < height && x < width { ((n * height + y) * width + x) * self.pixel } else { PADDING }
         })
+    }
+
+    /// The positions whose taps all see the source.
+    pub fn inside(&self) -> Inside {
+        let along = |axis: usize| {
+            let taps = self.taps.iter().map(|tap| tap[axis]);
+            -taps.clone().min().unwrap_or(0)..self.source[axis] as isize - taps.max().unwrap_or(0)
+        };
+        let from_position = |[dy, dx]: &[isize; 2]| (dy * self.source[1] as isize + dx) * self.pixel as isize;
+        Inside { along: [along(0), along(1)], taps: self.taps.iter().map(from_position).collect() }
     }
 
     /// The runs of `source` that those of the row at a position are, in the order of the taps; for padding `zeros`, which are as long.

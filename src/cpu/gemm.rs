@@ -111,12 +111,17 @@ impl<T: Float> Task for Block<'_, T> {
         // The runs of each tile: [tile][tap][row]. A tile past the end repeats its last row.
         let mut runs = vec![[std::ptr::null(); TILE_ROWS]; tiles * taps];
         let mut targets = vec![[0; TILE_ROWS]; tiles];
-        let (mut positions, mut position) = (gather.positions(rows.clone()), [0; 3]);
+        let (mut positions, mut position, inside) = (gather.positions(rows.clone()), [0; 3], gather.inside());
         for i in 0..tiles * TILE_ROWS {
             position = positions.next().unwrap_or(position);
             let (tile, lane) = (i / TILE_ROWS, i % TILE_ROWS);
-            for (runs, run) in runs[tile * taps..].iter_mut().zip(gather.runs(position, a, &zeros)) {
-                runs[lane] = run.as_ptr().cast();
+            let runs = runs[tile * taps..][..taps].iter_mut();
+            if let Some(start) = inside.start(gather, position) {
+                // Within `a`, which has all of the source.
+                let start = a.as_ptr().wrapping_add(start);
+                runs.zip(&inside.taps).for_each(|(runs, tap)| runs[lane] = start.wrapping_offset(*tap).cast());
+            } else {
+                runs.zip(gather.runs(position, a, &zeros)).for_each(|(runs, run)| runs[lane] = run.as_ptr().cast());
             }
             targets[tile][lane] = gather.target_row(position) * b.columns;
         }
@@ -126,6 +131,7 @@ impl<T: Float> Task for Block<'_, T> {
         let sums_len = tiles * TILE_ROWS * width;
         // What the blocks of depth before have summed, [panel][tile][row][column].
         let mut partial = Scratch::<f32>::take(if blocks.len() > 1 { COLUMNS / width * sums_len } else { 0 });
+        let partial = &mut partial[..];
         for first in panels.clone().step_by(COLUMNS / width) {
             let panels = first..panels.end.min(first + COLUMNS / width);
             for (i, block) in blocks.iter().enumerate() {

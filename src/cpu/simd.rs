@@ -321,13 +321,28 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     fn relu(self, v: Self::V) -> Self::V;
 }
 
+/// Whether the processor is one of Intel's.
+fn is_intel() -> bool {
+    // A virtual machine asks its host each time.
+    static INTEL: OnceLock<bool> = OnceLock::new();
+    *INTEL.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        return std::arch::x86_64::__cpuid(0).ebx == u32::from_le_bytes(*b"Genu");
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    })
+}
+
 /// Whether a product of a pair of bf16 takes as long as one of f32, as on AMD's processors, and not four times as long, as on
 /// Intel's: with those bf16 is widened, and products are of f32.
 fn multiplies_pairs_fast() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::x86_64::__cpuid(0).ebx != u32::from_le_bytes(*b"Genu");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
+    cfg!(target_arch = "x86_64") && !is_intel()
+}
+
+/// Whether products should ask for lines that are not theirs. On AMD's processors that shortens what comes after them by more than it takes; on Intel's
+/// products wait longer than they save.
+pub(super) fn products_ask_for_others() -> bool {
+    !is_intel()
 }
 
 /// A piece of work that runs on one thread with one instruction set. Mark `run` `#[inline(always)]`.

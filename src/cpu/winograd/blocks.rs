@@ -12,9 +12,9 @@ use super::tiles::{Inputs, Layout, Outputs};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Far, Output, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Ahead, Epilogue, Far, Output, TILE_ROWS, Tile};
 use crate::cpu::parallel::for_each;
-use crate::cpu::simd::{Isa, Simd, Task, dispatch};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch, products_ask_for_others};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -171,21 +171,23 @@ pub fn forward<T: Float, W: Float>(
         let panels = first.min(panels)..(first + group).min(panels);
         let outputs = Outputs { part, extents, epilogue, y: &out, transform: PhantomData };
         // What will be written, and what the next block reads.
-        let (now, next) = (start(block)..start(block + 1), start(block + 1)..start(block + 2));
-        let written = PixelRows::new(out.pointer().cast_const(), extents.output, grid, now);
-        let read = PixelRows::new(x.as_ptr(), extents.input, grid, next);
-        forward_block(x, filter, &outputs, panels, [written, read]);
+        let pixels = products_ask_for_others().then(|| {
+            let (now, next) = (start(block)..start(block + 1), start(block + 1)..start(block + 2));
+            let written = PixelRows::new(out.pointer().cast_const(), extents.output, grid, now);
+            [written, PixelRows::new(x.as_ptr(), extents.input, grid, next)]
+        });
+        forward_block(x, filter, &outputs, panels, pixels);
     });
 }
 
-/// The outputs of some panels of filters in all tiles of a part. What is written afterwards is asked for with the first panel's products, what the
-/// next part reads with the last's.
+/// The outputs of some panels of filters in all tiles of a part. If `pixels` are to be asked for, what is written afterwards is with the first panel's
+/// products, and what the next part reads with the last's.
 fn forward_block<T: Float, W: Float>(
     x: &[T],
     filter: &BlockFilter<W>,
     outputs: &Outputs<T, W>,
     panels: Range<usize>,
-    [written, read]: [PixelRows; 2],
+    pixels: Option<[PixelRows; 2]>,
 ) {
     let (part, extents, isa) = (outputs.part, outputs.extents, filter.isa);
     let ([_, _, c], [_, _, o]) = (extents.input, extents.output);
@@ -201,10 +203,12 @@ fn forward_block<T: Float, W: Float>(
     dispatch(isa, Inputs::<T, W, 1> { x, extents, part, tiles: 0..count, channels: 0..c, to, layout });
     let mut products = Scratch::<f32>::take(across * across * part.room() * width);
     for panel in panels.clone() {
-        let ahead = [written.when(panel == panels.start), read.when(panel + 1 == panels.end)];
+        let pixels = pixels
+            .as_ref()
+            .map(|[written, read]| [written.when(panel == panels.start), read.when(panel + 1 == panels.end)]);
         let channels = panel * width..o.min((panel + 1) * width);
         let (inputs, columns) = (&*inputs, channels.len());
-        dispatch(isa, Panel { inputs, part, filter, panel, columns, ahead, products: &mut products });
+        dispatch(isa, Panel { inputs, part, filter, panel, columns, pixels, products: &mut products });
         finish::<T, W, 1>(isa, outputs, &products, channels);
     }
 }
@@ -217,7 +221,7 @@ struct Panel<'a, W> {
     filter: &'a BlockFilter<W>,
     panel: usize,
     columns: usize,
-    ahead: [PixelRows; 2],
+    pixels: Option<[PixelRows; 2]>,
     products: &'a mut [f32],
 }
 
@@ -239,7 +243,7 @@ impl<W: Float> Task for Panel<'_, W> {
         };
         let runs =
             [false, true].map(|bottom| [false, true].map(|right| runs_of(self.part.tiles_having([bottom, right]))));
-        let mut pixels = self.ahead;
+        let mut pixels = self.pixels;
         for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
             let b = self.filter.panel(position, self.panel);
             assert!(b.len() >= depth * width);
@@ -251,15 +255,38 @@ impl<W: Float> Task for Panel<'_, W> {
             let groups = runs.chunks_exact(1).enumerate();
             for ((i, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
                 let extents = [TILE_ROWS.min(tiles.len() - i * TILE_ROWS), self.columns];
-                let Far([first, second]) = Far::share(next, words * width, [i, count], words);
-                let [written, read] = pixels.each_mut().map(|rows| rows.next(words));
-                let ahead = Far([first, second, written, read]);
-                let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
-                let tile = Tile { first: position * words, ..tile };
+                let filters @ Far([first, second]) = Far::share(next, words * width, [i, count], words);
                 // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full
                 // tile of sums.
-                unsafe { tile.compute(simd) };
+                unsafe {
+                    if let Some(pixels) = &mut pixels {
+                        let [written, read] = pixels.each_mut().map(|rows| rows.next(words));
+                        let ahead = Far([first, second, written, read]);
+                        products_of(simd, runs, [position * words, words], b, extents, sums, ahead);
+                    } else {
+                        products_of(simd, runs, [position * words, words], b, extents, sums, filters);
+                    }
+                }
             }
         }
     }
+}
+
+/// The products of a tile over so many words from `first` on.
+///
+/// # Safety
+/// Runs have these words, `b` as many full rows; there is room for a full tile of sums.
+#[inline(always)]
+unsafe fn products_of<S: Simd, W: Float>(
+    simd: S,
+    runs: &[[*const f32; TILE_ROWS]],
+    [first, words]: [usize; 2],
+    b: &[W],
+    extents: [usize; 2],
+    sums: &mut [f32],
+    ahead: impl Ahead,
+) {
+    let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
+    // SAFETY: the contract.
+    unsafe { Tile { first, ..tile }.compute(simd) };
 }
