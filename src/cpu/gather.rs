@@ -8,9 +8,6 @@
 
 use std::ops::Range;
 
-/// Offset that stands for a run of zeros.
-pub const PADDING: usize = usize::MAX;
-
 /// The rows of an implicit matrix, and where the results of those rows go.
 #[derive(Clone, Debug)]
 pub struct Gather {
@@ -36,21 +33,34 @@ pub struct Gather {
     pub target_start: [usize; 2],
 }
 
-/// Positions from which no tap falls on padding: what is found for each tap of the others is the same there for all.
-pub struct Inside {
-    /// Rows and columns of the source.
-    along: [Range<isize>; 2],
-    /// Where each tap begins, in floats from the position.
-    pub taps: Vec<isize>,
+/// The runs of `source` that the rows of a [`Gather`] consist of.
+pub struct Runs<'a, T> {
+    gather: &'a Gather,
+    source: &'a [T],
+    /// What a tap reads that falls on padding, as long as a run.
+    zeros: &'a [T],
+    /// Rows and columns of the source from where no tap does.
+    inside: [Range<isize>; 2],
+    /// How far each tap's run is from the position's own pixel, in floats.
+    distances: Vec<isize>,
 }
 
-impl Inside {
-    /// Where in the source a position is, in floats, if it is one of these.
+impl<'a, T> Runs<'a, T> {
+    /// Those of the row at a position, in the order of the taps.
     #[inline]
-    pub fn start(&self, gather: &Gather, [n, y, x]: [usize; 3]) -> Option<usize> {
-        let (y, x) = (y * gather.step[0], x * gather.step[1]);
-        let inside = self.along[0].contains(&(y as isize)) && self.along[1].contains(&(x as isize));
-        inside.then(|| ((n * gather.source[0] + y) * gather.source[1] + x) * gather.pixel)
+    pub fn at(&self, [n, y, x]: [usize; 3]) -> impl Iterator<Item = &'a [T]> {
+        let Gather { source: [height, width], step: [sy, sx], pixel, run, ref taps, .. } = *self.gather;
+        let (source, zeros) = (self.source, self.zeros);
+        let start = ((n * height + y * sy) * width + x * sx) * pixel;
+        let (y, x) = ((y * sy) as isize, (x * sx) as isize);
+        let inside = self.inside[0].contains(&y) && self.inside[1].contains(&x);
+        taps.iter().zip(&self.distances).map(move |(&[dy, dx], distance)| {
+            // A negative coordinate becomes a huge unsigned one: one comparison rejects both sides.
+            match inside || ((y + dy) as usize) < height && ((x + dx) as usize) < width {
+                true => &source[start.wrapping_add_signed(*distance)..][..run],
+                false => zeros,
+            }
+        })
     }
 }
 
@@ -116,38 +126,14 @@ impl Gather {
         (n * self.target[0] + y0 + y * sy) * self.target[1] + x0 + x * sx
     }
 
-    /// Where in the source each tap of the row at a position begins, in the order of the taps. Every offset but [`PADDING`] leaves room
-    /// for a run, which [`Gather::check`] has made sure of.
-    #[inline]
-    pub fn offsets(&self, [n, y, x]: [usize; 3]) -> impl Iterator<Item = usize> + '_ {
-        let [height, width] = self.source;
-        let (y, x) = ((y * self.step[0]) as isize, (x * self.step[1]) as isize);
-        self.taps.iter().map(move |&[dy, dx]| {
-            // A negative coordinate becomes a huge unsigned one: one comparison rejects both sides.
-            let (y, x) = ((y + dy) as usize, (x + dx) as usize);
-            if y < height && x < width { ((n * height + y) * width + x) * self.pixel } else { PADDING }
-        })
-    }
-
-    /// The positions whose taps all see the source.
-    pub fn inside(&self) -> Inside {
-        let along = |axis: usize| {
-            let taps = self.taps.iter().map(|tap| tap[axis]);
-            -taps.clone().min().unwrap_or(0)..self.source[axis] as isize - taps.max().unwrap_or(0)
-        };
-        let from_position = |[dy, dx]: &[isize; 2]| (dy * self.source[1] as isize + dx) * self.pixel as isize;
-        Inside { along: [along(0), along(1)], taps: self.taps.iter().map(from_position).collect() }
-    }
-
-    /// The runs of `source` that those of the row at a position are, in the order of the taps; for padding `zeros`, which are as long.
-    #[inline]
-    pub fn runs<'a, T>(
-        &'a self,
-        position: [usize; 3],
-        source: &'a [T],
-        zeros: &'a [T],
-    ) -> impl Iterator<Item = &'a [T]> {
-        self.offsets(position).map(move |offset| if offset == PADDING { zeros } else { &source[offset..][..self.run] })
+    /// The runs of `source`, for which [`Gather::check`] has made sure that there are any; `zeros` are as long as one.
+    pub fn runs<'a, T>(&'a self, source: &'a [T], zeros: &'a [T]) -> Runs<'a, T> {
+        let inside = [0, 1].map(|axis| {
+            let taps = || self.taps.iter().map(|tap| tap[axis]);
+            -taps().min().unwrap_or(0)..self.source[axis] as isize - taps().max().unwrap_or(0)
+        });
+        let distance = |[dy, dx]: &[isize; 2]| (dy * self.source[1] as isize + dx) * self.pixel as isize;
+        Runs { gather: self, source, zeros, inside, distances: self.taps.iter().map(distance).collect() }
     }
 
     /// Panics unless a source of `source` floats and a target of `target` rows fit every offset this can produce.

@@ -111,17 +111,12 @@ impl<T: Float> Task for Block<'_, T> {
         // The runs of each tile: [tile][tap][row]. A tile past the end repeats its last row.
         let mut runs = vec![[std::ptr::null(); TILE_ROWS]; tiles * taps];
         let mut targets = vec![[0; TILE_ROWS]; tiles];
-        let (mut positions, mut position, inside) = (gather.positions(rows.clone()), [0; 3], gather.inside());
+        let (mut positions, mut position, sources) = (gather.positions(rows.clone()), [0; 3], gather.runs(a, &zeros));
         for i in 0..tiles * TILE_ROWS {
             position = positions.next().unwrap_or(position);
             let (tile, lane) = (i / TILE_ROWS, i % TILE_ROWS);
-            let runs = runs[tile * taps..][..taps].iter_mut();
-            if let Some(start) = inside.start(gather, position) {
-                // Within `a`, which has all of the source.
-                let start = a.as_ptr().wrapping_add(start);
-                runs.zip(&inside.taps).for_each(|(runs, tap)| runs[lane] = start.wrapping_offset(*tap).cast());
-            } else {
-                runs.zip(gather.runs(position, a, &zeros)).for_each(|(runs, run)| runs[lane] = run.as_ptr().cast());
+            for (runs, run) in runs[tile * taps..].iter_mut().zip(sources.at(position)) {
+                runs[lane] = run.as_ptr().cast();
             }
             targets[tile][lane] = gather.target_row(position) * b.columns;
         }

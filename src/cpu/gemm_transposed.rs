@@ -159,6 +159,7 @@ impl<T: Float> Task for Part<'_, T> {
         let rows_of_slice = SLICE * T::PER_WORD;
         // A padded tap reads zeros, and so does a row that fills the last word.
         let zeros = vec![T::default(); run];
+        let sources = gather.runs(a, &zeros);
         let nothing = [T::default(); COLUMNS];
         // [panel][word][column of the panel]
         let panels = columns.len().div_ceil(width);
@@ -180,7 +181,7 @@ impl<T: Float> Task for Part<'_, T> {
                 let row = start + i;
                 position = positions.next().unwrap_or(position);
                 targets.push(gather.target_row(position));
-                let runs = gather.runs(position, a, &zeros).skip(taps.start).take(taps.len());
+                let runs = sources.at(position).skip(taps.start).take(taps.len());
                 for (tap, run) in runs.enumerate() {
                     pointers[tap * rows_of_slice + i] = if slice.contains(&row) { run } else { &zeros };
                 }

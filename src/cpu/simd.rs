@@ -336,7 +336,7 @@ fn is_intel() -> bool {
 /// Whether a product of a pair of bf16 takes as long as one of f32, as on AMD's processors, and not four times as long, as on
 /// Intel's: with those bf16 is widened, and products are of f32.
 fn multiplies_pairs_fast() -> bool {
-    cfg!(target_arch = "x86_64") && !is_intel()
+    !is_intel()
 }
 
 /// Whether products should ask for lines that are not theirs. On AMD's processors that shortens what comes after them by more than it takes; on Intel's
