@@ -47,6 +47,11 @@ unsafe impl Simd for Neon {
         unsafe { vsubq_f32(a, b) }
     }
     #[inline(always)]
+    fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of the target's baseline.
+        unsafe { vmulq_f32(a, b) }
+    }
+    #[inline(always)]
     fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of the target's baseline.
         unsafe { vfmaq_f32(c, a, b) }

@@ -43,6 +43,10 @@ unsafe impl Simd for Portable {
         std::array::from_fn(|i| a[i] - b[i])
     }
     #[inline(always)]
+    fn mul(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
     fn mul_add(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
         // Not f32::mul_add: without the instruction that is a call into the C library for every lane.
         std::array::from_fn(|i| a[i] * b[i] + c[i])
@@ -105,6 +109,10 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn sub(self, a: f32, b: f32) -> f32 {
         a - b
+    }
+    #[inline(always)]
+    fn mul(self, a: f32, b: f32) -> f32 {
+        a * b
     }
     #[inline(always)]
     fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {

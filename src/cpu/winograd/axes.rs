@@ -6,16 +6,17 @@ use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Vectors by row and column. A trait and not a closure, as is [`Sink`]: a closure may be compiled on its own, and then without the
 /// instruction set.
 pub(super) trait Source<S: Simd> {
-    /// Whether a column has anything but zeros.
+    /// The columns that have anything but zeros.
     #[inline(always)]
-    fn has_column(&self, _j: usize) -> bool {
-        true
+    fn columns(&self) -> Range<usize> {
+        0..MAX
     }
-    /// Asks for a column of what will be transformed next.
+    /// Asks for a part of what will be transformed next, with each column for another.
     #[inline(always)]
     fn prefetch(&self, _simd: S, _j: usize) {}
     /// # Safety
@@ -23,11 +24,11 @@ pub(super) trait Source<S: Simd> {
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V;
 }
 
-/// Where vectors go by row and column.
-pub(super) trait Sink<S: Simd> {
+/// Where vectors go by row and column, one of each of `N` sources.
+pub(super) trait Sink<S: Simd, const N: usize> {
     /// # Safety
     /// As the sink says.
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V);
+    unsafe fn store(&self, simd: S, i: usize, j: usize, values: [S::V; N]);
 }
 
 /// A vector of channels of each pixel.
@@ -41,13 +42,13 @@ pub(super) struct Pixels<'a, T> {
 
 impl<T: Float, S: Simd> Source<S> for Pixels<'_, T> {
     #[inline(always)]
-    fn has_column(&self, j: usize) -> bool {
-        self.window.has_column(j)
+    fn columns(&self) -> Range<usize> {
+        self.window.columns()
     }
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
         if let Some((next, seen)) = self.next {
-            next.prefetch(simd, seen, self.channel / S::LANES * seen + j);
+            next.prefetch(simd, seen, [j, self.channel]);
         }
     }
     #[inline(always)]
@@ -99,9 +100,9 @@ impl<W: Float, S: Simd> Source<S> for Plane<W> {
     }
 }
 
-impl<W: Float, S: Simd> Sink<S> for Plane<W> {
+impl<W: Float, S: Simd> Sink<S, 1> for Plane<W> {
     #[inline(always)]
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+    unsafe fn store(&self, simd: S, i: usize, j: usize, [value]: [S::V; 1]) {
         // SAFETY: the caller's.
         unsafe { W::store(simd, self.at(i, j), value) };
     }
@@ -114,12 +115,12 @@ pub(super) struct Asking<K, W> {
     pub next: Option<Plane<W>>,
 }
 
-impl<K: Sink<S>, W: Float, S: Simd> Sink<S> for Asking<K, W> {
+impl<K: Sink<S, N>, W: Float, S: Simd, const N: usize> Sink<S, N> for Asking<K, W> {
     #[inline(always)]
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+    unsafe fn store(&self, simd: S, i: usize, j: usize, values: [S::V; N]) {
         // SAFETY: the caller's; of what is asked for nothing is read.
         unsafe {
-            self.to.store(simd, i, j, value);
+            self.to.store(simd, i, j, values);
             if let Some(next) = &self.next {
                 simd.prefetch_near(next.at(i, j).cast_const().cast());
             }
@@ -127,20 +128,14 @@ impl<K: Sink<S>, W: Float, S: Simd> Sink<S> for Asking<K, W> {
     }
 }
 
-/// Vectors of words in memory, whose last values come from another plane.
-struct Words<W> {
-    words: Plane<W>,
-    last: Plane<f32>,
-}
+/// Vectors of words in memory, each of the first and the last of its values.
+struct Words<W>(Plane<W>);
 
-impl<W: Float, S: Simd> Sink<S> for Words<W> {
+impl<W: Float, S: Simd> Sink<S, 2> for Words<W> {
     #[inline(always)]
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+    unsafe fn store(&self, simd: S, i: usize, j: usize, [first, last]: [S::V; 2]) {
         // SAFETY: the caller's.
-        unsafe {
-            let last = if W::PER_WORD > 1 { self.last.load(simd, i, j) } else { value };
-            W::store_words(simd, self.words.at(i, j), value, last);
-        }
+        unsafe { W::store_words(simd, self.0.at(i, j), first, last) };
     }
 }
 
@@ -149,9 +144,15 @@ pub(super) trait AlongBoth {
     /// Mark it `#[inline(always)]`.
     ///
     /// # Safety
-    /// The source has a row for each value along the columns and a column for each along the rows, the sink room for each of their
+    /// The sources have a row for each value along the columns and a column for each along the rows, the sink room for each of their
     /// results.
-    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>);
+    unsafe fn apply<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        rooms: &mut [Room; N],
+        sources: [impl Source<S>; N],
+        sink: impl Sink<S, N>,
+    );
 }
 
 /// `D` along the columns, and then `A` along the rows.
@@ -165,11 +166,19 @@ impl<D, A> Along<D, A> {
 
 impl<D: Transform, A: Transform> AlongBoth for Along<D, A> {
     #[inline(always)]
-    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+    unsafe fn apply<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        rooms: &mut [Room; N],
+        sources: [impl Source<S>; N],
+        sink: impl Sink<S, N>,
+    ) {
         // SAFETY: the contract.
         unsafe {
-            along_columns::<D, S>(simd, room, source, A::VALUES);
-            along_rows::<A, S>(simd, room, 0..D::RESULTS, sink);
+            for (room, source) in rooms.iter_mut().zip(&sources) {
+                along_columns::<D, S>(simd, room, source, A::VALUES);
+            }
+            along_rows::<A, S, N>(simd, rooms, 0..D::RESULTS, sink);
         }
     }
 }
@@ -195,17 +204,25 @@ impl<X> OfTile<X> {
 
 impl<X: OfTiles> AlongBoth for OfTile<X> {
     #[inline(always)]
-    unsafe fn apply<S: Simd>(&self, simd: S, room: &mut Room, source: impl Source<S>, sink: impl Sink<S>) {
+    unsafe fn apply<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        rooms: &mut [Room; N],
+        sources: [impl Source<S>; N],
+        sink: impl Sink<S, N>,
+    ) {
         let [down, across] = self.outputs;
         let columns = with_outputs!(X::AXIS, across, M => <X::Of<M> as Transform>::VALUES);
         // SAFETY: the contract.
         unsafe {
-            let rows = with_outputs!(X::AXIS, down, M => {
-                along_columns::<X::Of<M>, S>(simd, room, source, columns);
+            let given = with_outputs!(X::AXIS, down, M => {
+                for (room, source) in rooms.iter_mut().zip(&sources) {
+                    along_columns::<X::Of<M>, S>(simd, room, source, columns);
+                }
                 const { &<X::Of<M> as Transform>::GIVES }
             });
-            let rows = (0..MAX).filter(|&i| rows[i]);
-            with_outputs!(X::AXIS, across, M => along_rows::<X::Of<M>, S>(simd, room, rows, sink));
+            let rows = (0..MAX).filter(|&i| given[i]);
+            with_outputs!(X::AXIS, across, M => along_rows::<X::Of<M>, S, N>(simd, rooms, rows, sink));
         }
     }
 }
@@ -215,17 +232,22 @@ impl<X: OfTiles> AlongBoth for OfTile<X> {
 /// # Safety
 /// The source has as many, with a row for each value of `D`.
 #[inline(always)]
-unsafe fn along_columns<D: Transform, S: Simd>(simd: S, room: &mut Room, source: impl Source<S>, columns: usize) {
-    for j in 0..columns {
+unsafe fn along_columns<D: Transform, S: Simd>(simd: S, room: &mut Room, source: &impl Source<S>, columns: usize) {
+    let Range { start, end } = source.columns();
+    let (start, end) = (start.min(columns), end.min(columns));
+    for j in (0..start).chain(end..columns) {
         source.prefetch(simd, j);
-        let results = match source.has_column(j) {
-            true => {
-                // SAFETY: the contract.
-                let column = vectors!(simd, D::VALUES, I => unsafe { source.load(simd, I, j) });
-                D::apply(simd, &column)
-            }
-            false => [simd.splat(0.0); MAX],
-        };
+        let room = room.at::<S>(0, j);
+        for i in (0..MAX).filter(|&i| D::GIVES[i]) {
+            // SAFETY: vectors `[i, j]` of the room.
+            unsafe { simd.store(room.add(i * MAX * S::LANES), simd.splat(0.0)) };
+        }
+    }
+    for j in start..end {
+        source.prefetch(simd, j);
+        // SAFETY: the contract.
+        let column = vectors!(simd, D::VALUES, I => unsafe { source.load(simd, I, j) });
+        let results = D::apply(simd, &column);
         let room = room.at::<S>(0, j);
         unrolled!(I => {
             if const { D::GIVES[I] } {
@@ -236,26 +258,33 @@ unsafe fn along_columns<D: Transform, S: Simd>(simd: S, room: &mut Room, source:
     }
 }
 
-/// `A` along some rows of the room.
+/// `A` along some rows of the rooms.
 ///
 /// # Safety
 /// Columns have stored a vector for each of these rows and each value of `A`; the sink has room for each of its results.
 #[inline(always)]
-unsafe fn along_rows<A: Transform, S: Simd>(
+unsafe fn along_rows<A: Transform, S: Simd, const N: usize>(
     simd: S,
-    room: &mut Room,
+    rooms: &mut [Room; N],
     rows: impl Iterator<Item = usize>,
-    sink: impl Sink<S>,
+    sink: impl Sink<S, N>,
 ) {
     for i in rows {
-        let room = room.at::<S>(i, 0);
-        // SAFETY: the contract.
-        let row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
-        let results = A::apply(simd, &row);
+        let mut results = [[simd.splat(0.0); MAX]; N];
+        for (results, room) in results.iter_mut().zip(&mut *rooms) {
+            let room = room.at::<S>(i, 0);
+            // SAFETY: the contract.
+            let row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
+            *results = A::apply(simd, &row);
+        }
         unrolled!(J => {
             if const { A::GIVES[J] } {
+                let mut values = [results[0][J]; N];
+                for (value, results) in values.iter_mut().zip(&results) {
+                    *value = results[J];
+                }
                 // SAFETY: the contract.
-                unsafe { sink.store(simd, i, J, results[J]) };
+                unsafe { sink.store(simd, i, J, values) };
             }
         });
     }
@@ -270,17 +299,17 @@ pub(super) unsafe fn transform_words<S: Simd, W: Float>(
     simd: S,
     transform: &impl AlongBoth,
     [first, last]: [impl Source<S>; 2],
-    [room, plane]: &mut [Room; 2],
+    rooms: &mut [Room; 2],
     words: Plane<W>,
     next: *mut W,
 ) {
-    let plane = Plane { first: plane.at::<S>(0, 0), steps: [MAX * S::LANES, S::LANES] };
-    let next = Plane { first: next, ..words };
-    // SAFETY: the room has as many vectors as a transform has results; the contract.
+    let next = Some(Plane { first: next, ..words });
+    // SAFETY: the contract.
     unsafe {
         if W::PER_WORD > 1 {
-            transform.apply(simd, room, last, plane);
+            return transform.apply(simd, rooms, [first, last], Asking { to: Words(words), next });
         }
-        transform.apply(simd, room, first, Asking { to: Words { words, last: plane }, next: Some(next) });
+        let [room, _] = rooms;
+        transform.apply(simd, std::array::from_mut(room), [first], Asking { to: words, next });
     }
 }

@@ -72,11 +72,13 @@ impl<W: Float> BlockFilter<W> {
     }
 
     /// Where the panel's filters at the position after `position` begin, if there is one.
+    #[inline(always)]
     fn after(&self, position: usize, panel: usize) -> *const f32 {
-        let between = self.panels.len() / values::<W>(1).pow(2);
+        let between = self.panels.len() / const { values::<W>(1).pow(2) };
         self.panel(position, panel).as_ptr().wrapping_add(between).cast()
     }
 
+    #[inline(always)]
     fn panel(&self, position: usize, panel: usize) -> &[W] {
         let width = self.isa.tile_columns();
         &self.panels[(position * self.o.div_ceil(width) + panel) * self.c * width..][..self.c * width]
@@ -231,7 +233,7 @@ impl<W: Float> Task for Panel<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, values::<W>(1));
+        let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, const { values::<W>(1) });
         let position_len = self.part.room() * width;
         let tile_len = across * across * depth;
         // Where the inputs of the tiles begin, at the first position, of those that a position has six at a time: which they are depends on the
@@ -260,8 +262,8 @@ impl<W: Float> Task for Panel<'_, W> {
                 // tile of sums.
                 unsafe {
                     if let Some(pixels) = &mut pixels {
-                        let [written, read] = pixels.each_mut().map(|rows| rows.next(words));
-                        let ahead = Far([first, second, written, read]);
+                        let [written, read] = pixels;
+                        let ahead = Far([first, second, written.next(words), read.next(words)]);
                         products_of(simd, runs, [position * words, words], b, extents, sums, ahead);
                     } else {
                         products_of(simd, runs, [position * words, words], b, extents, sums, filters);

@@ -85,9 +85,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         assert!(self.channels.end <= self.extents.input[2] && self.channels.len().is_multiple_of(S::LANES));
-        let (mut room, far) = (Room::new(), self.extents.are_far::<T>());
+        let (mut room, far) = ([Room::new()], self.extents.are_far::<T>());
         let Layout { row, slot, tile: tile_step, block: block_step, words } = self.layout;
-        let block = words * W::PER_WORD;
+        let (block, end) = (words * W::PER_WORD, self.channels.end);
         let start = |tile: usize, channel: usize| {
             let at = tile * tile_step + channel / block * block_step + channel % block;
             Plane { first: self.to.pointer().wrapping_add(at), steps: [row, slot] }
@@ -102,14 +102,15 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             for channel in self.channels.clone().step_by(S::LANES) {
                 let seen = OfInputs::<W, STRIDE>::SEEN;
                 let pixels = Pixels { window, next: next_window.as_ref().map(|next| (next, seen)), channel };
-                let next = match channel + S::LANES {
-                    channel if channel < self.channels.end => start(tile, channel),
-                    _ => start(following, self.channels.start),
+                // Not the next vector, whose lines would not come in time, but the one after it, of the next tile if this has none.
+                let next = match channel + 2 * S::LANES {
+                    channel if channel < end => start(tile, channel),
+                    channel => start(following, self.channels.start + channel - end),
                 };
                 let slots = Asking { to: start(tile, channel), next: far.then_some(next) };
                 // SAFETY: channels are whole vectors; there is room for those of each tile at each pair of slots, and these tiles are this
                 // task's.
-                unsafe { transform.apply(simd, &mut room, pixels, slots) };
+                unsafe { transform.apply(simd, &mut room, [pixels], slots) };
             }
         }
     }
@@ -169,20 +170,22 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Finish<'_, T, W, STRIDE> 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Outputs { part, extents, epilogue, y, .. } = self.outputs;
-        let (mut room, far, [_, w, o]) = (Room::new(), extents.are_far::<T>(), extents.output);
+        let (mut room, far, [_, w, o]) = ([Room::new()], extents.are_far::<T>(), extents.output);
         let tile = part.outputs[part.class_of(self.tile)];
+        let following = self.first_output((self.tile + 1).min(part.places.len() - 1));
         assert!(self.channels.len().is_multiple_of(S::LANES));
         assert!(self.sums.len() >= self.starts.last + self.channels.len());
         for (i, channel) in self.channels.clone().step_by(S::LANES).enumerate() {
-            let sums = PositionSums { finish: &self, vector: i, tile, far };
+            let next = far.then_some(following + channel);
+            let sums = PositionSums { finish: &self, first: i * S::LANES, across: tile[1], next };
             // SAFETY: a bias has as many values as there are channels, and a vector of them begins here.
             let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
-            let first = self.first_of_row(self.tile, 0) + channel;
+            let first = self.first_output(self.tile) + channel;
             // Copies, which no store to the result can change.
             let outputs = Finished { epilogue: *epilogue, bias, y: y.pointer(), first, steps: [w * o, o] };
             // SAFETY: a vector of the channels is there at every position, as asserted; outputs of the tile lie inside the image and are this
             // task's alone.
-            unsafe { OfTile::<OfSums<W, STRIDE>>::new(tile).apply(simd, &mut room, sums, outputs) };
+            unsafe { OfTile::<OfSums<W, STRIDE>>::new(tile).apply(simd, &mut room, [sums], outputs) };
         }
     }
 }
@@ -191,62 +194,51 @@ impl<T: Float, W: Float, const STRIDE: usize> Finish<'_, T, W, STRIDE> {
     /// Positions across all tiles.
     const ALL: usize = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
 
-    /// The first value of a row of a tile's outputs.
+    /// The first value of a tile's outputs.
     #[inline(always)]
-    fn first_of_row(&self, tile: usize, i: usize) -> usize {
+    fn first_output(&self, tile: usize) -> usize {
         let Outputs { part, extents, .. } = self.outputs;
         let (Place { image, top, left }, [h, w, o]) = (part.places[tile], extents.output);
-        ((image * h + top + i) * w + left) * o
-    }
-
-    /// Asks for a part of the next tile's outputs, and of what is added to them: a vector of each pixel of a row.
-    #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, simd: S, step: usize, across: usize) {
-        let Outputs { part, extents, epilogue, y, .. } = self.outputs;
-        let vectors = self.channels.len() / S::LANES;
-        let (row, vector) = (step / vectors, step % vectors);
-        if row >= const { axis::<W>(STRIDE).outputs } {
-            return;
-        }
-        let tile = (self.tile + 1).min(part.places.len() - 1);
-        let first = self.first_of_row(tile, row) + self.channels.start + vector * S::LANES;
-        for j in 0..across {
-            let at = first + j * extents.output[2];
-            simd.prefetch(y.pointer().wrapping_add(at).cast_const().cast());
-            if let Some(residual) = epilogue.residual {
-                simd.prefetch(residual.as_ptr().wrapping_add(at).cast());
-            }
-        }
+        ((image * h + top) * w + left) * o
     }
 }
 
-/// A vector of the sums at each position of a tile of so many outputs. If they are far, what follows is asked for.
+/// A vector of the sums at each position of a tile.
 struct PositionSums<'a, T, W, const STRIDE: usize> {
     finish: &'a Finish<'a, T, W, STRIDE>,
-    vector: usize,
-    tile: [usize; 2],
-    far: bool,
+    /// Of the channels.
+    first: usize,
+    /// Outputs of a row.
+    across: usize,
+    /// Where the vector's outputs of the next tile begin, if they, what is added to them and the sums that follow are to be asked for.
+    next: Option<usize>,
 }
 
 impl<T: Float, W: Float, S: Simd, const STRIDE: usize> Source<S> for PositionSums<'_, T, W, STRIDE> {
     #[inline(always)]
     fn prefetch(&self, simd: S, j: usize) {
-        if !self.far {
-            return;
-        }
-        let (all, [down, across]) = (Finish::<T, W, STRIDE>::ALL, self.tile);
-        self.finish.prefetch_next(simd, self.vector * all + j, across);
-        for i in 0..positions(axis::<W>(STRIDE), down) {
-            let next = self.finish.starts.at[i * all + j] + (self.vector + 1) * S::LANES;
-            simd.prefetch_near(self.finish.sums.as_ptr().wrapping_add(next));
+        let Outputs { extents, epilogue, y, .. } = self.finish.outputs;
+        let [_, w, o] = extents.output;
+        let Some(next) = self.next.filter(|_| j < const { axis::<W>(STRIDE).outputs }) else { return };
+        let mut at = next + j * w * o;
+        for _ in 0..self.across {
+            simd.prefetch(y.pointer().wrapping_add(at).cast_const().cast());
+            if let Some(residual) = epilogue.residual {
+                simd.prefetch(residual.as_ptr().wrapping_add(at).cast());
+            }
+            at += o;
         }
     }
 
     #[inline(always)]
     unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
-        let at = self.finish.starts.at[i * Finish::<T, W, STRIDE>::ALL + j] + self.vector * S::LANES;
+        let at = self.finish.starts.at[i * Finish::<T, W, STRIDE>::ALL + j] + self.first;
+        let sums = self.finish.sums.as_ptr().wrapping_add(at);
+        if self.next.is_some() {
+            simd.prefetch_near(sums.wrapping_add(S::LANES));
+        }
         // SAFETY: the caller's.
-        unsafe { simd.load(self.finish.sums.as_ptr().add(at)) }
+        unsafe { simd.load(sums) }
     }
 }
 
@@ -259,9 +251,9 @@ struct Finished<'a, T, V> {
     steps: [usize; 2],
 }
 
-impl<T: Float, S: Simd> Sink<S> for Finished<'_, T, S::V> {
+impl<T: Float, S: Simd> Sink<S, 1> for Finished<'_, T, S::V> {
     #[inline(always)]
-    unsafe fn store(&self, simd: S, i: usize, j: usize, value: S::V) {
+    unsafe fn store(&self, simd: S, i: usize, j: usize, [value]: [S::V; 1]) {
         let at = self.first + i * self.steps[0] + j * self.steps[1];
         // SAFETY: the caller's; the residual is as long.
         unsafe { self.epilogue.store(simd, value, self.bias, self.y, at) };

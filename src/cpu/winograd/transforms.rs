@@ -261,7 +261,8 @@ const FIRST: How = 1;
 const ADDED: How = 2;
 const SUBTRACTED: How = 3;
 const DOUBLED: How = 4;
-const MULTIPLIED: How = 5;
+const SCALED: How = 5;
+const MULTIPLIED: How = 6;
 
 /// How each of the values is added that are multiplied by a row.
 const fn hows(row: &[f32; MAX]) -> [How; MAX] {
@@ -272,6 +273,7 @@ const fn hows(row: &[f32; MAX]) -> [How; MAX] {
             (1.0, true) => FIRST,
             (1.0, false) => ADDED,
             (2.0, true) => DOUBLED,
+            (_, true) => SCALED,
             (-1.0, false) => SUBTRACTED,
             _ => MULTIPLIED,
         };
@@ -291,6 +293,7 @@ macro_rules! combine {
                 ADDED => sum = $simd.add(sum, $values[I]),
                 SUBTRACTED => sum = $simd.sub(sum, $values[I]),
                 DOUBLED => sum = $simd.add($values[I], $values[I]),
+                SCALED => sum = $simd.mul($simd.splat(row[I]), $values[I]),
                 _ => sum = $simd.mul_add($simd.splat(row[I]), $values[I], sum),
             }
         });

@@ -49,23 +49,20 @@ impl<'a, T: Float> Window<'a, T> {
         }
     }
 
-    /// Whether any of a column is in the image.
+    /// The columns that are in the image.
     #[inline(always)]
-    pub fn has_column(&self, j: usize) -> bool {
-        self.columns.contains(&j)
+    pub fn columns(&self) -> Range<usize> {
+        self.columns.clone()
     }
 
-    /// Asks for a part of the first `seen` columns, step `step` of as many as they have vectors: pixels of a row lie together, and where lines
-    /// are asked for one after the other caches go on by themselves.
+    /// Asks for a part of a row's first `seen` columns: of as many as the row has vectors of channels the one of `channel`. Pixels of a row
+    /// lie together.
     #[inline(always)]
-    pub fn prefetch<S: Simd>(&self, simd: S, seen: usize, step: usize) {
-        // Of nothing there are none.
-        let vectors = (self.channels / S::LANES).max(1);
-        let (row, part) = (step / vectors, step % vectors);
-        let mut at = self.first.wrapping_add(row * self.row_len + part * seen * S::LANES);
-        for _ in 0..seen {
-            simd.prefetch(at.cast());
-            at = at.wrapping_add(S::LANES);
+    pub fn prefetch<S: Simd>(&self, simd: S, seen: usize, [row, channel]: [usize; 2]) {
+        const LINE: usize = 64;
+        let first = self.first.wrapping_add(row * self.row_len + channel * seen);
+        for line in 0..(seen * S::LANES * size_of::<T>()).div_ceil(LINE) {
+            simd.prefetch(first.wrapping_byte_add(line * LINE).cast());
         }
     }
 
@@ -75,7 +72,7 @@ impl<'a, T: Float> Window<'a, T> {
     /// There is such a column, and a vector of channels from `channel` on.
     #[inline(always)]
     pub unsafe fn load<S: Simd>(&self, simd: S, i: usize, j: usize, channel: usize) -> S::V {
-        debug_assert!(self.has_column(j) && channel + S::LANES <= self.channels);
+        debug_assert!(self.columns.contains(&j) && channel + S::LANES <= self.channels);
         // SAFETY: a pixel of the image, or one of a row of zeros that is as long as there may be columns and channels.
         unsafe { T::load(simd, self.rows[i].wrapping_add(j * self.channels + channel)) }
     }

@@ -251,7 +251,7 @@ impl<W: Float, const STRIDE: usize> Task for ToFilter<'_, W, STRIDE> {
             ([FilterGradient::<W, STRIDE>::VALUES * self.value_len, self.value_len], self.channels.len());
         assert!(columns.is_multiple_of(S::LANES) && self.channels.end <= self.c);
         assert!(self.sums.len() >= (FilterGradient::<W, STRIDE>::VALUES.pow(2) - 1) * self.value_len + columns);
-        let mut room = Room::new();
+        let mut room = [Room::new()];
         for column in (0..columns).step_by(S::LANES) {
             // SAFETY: as asserted, a vector from `column` on is there at every value; these channels of the filter, of which each
             // tap has `c`, are this task's alone.
@@ -260,7 +260,7 @@ impl<W: Float, const STRIDE: usize> Task for ToFilter<'_, W, STRIDE> {
                 let first = self.out.pointer().add(self.filter * TAPS * TAPS * self.c + self.channels.start + column);
                 let out = Plane { first, steps: [TAPS * self.c, self.c] };
                 let along = Along::<FilterGradient<W, STRIDE>, FilterGradient<W, STRIDE>>::new();
-                along.apply(simd, &mut room, sums, out);
+                along.apply(simd, &mut room, [sums], out);
             }
         }
     }

@@ -85,10 +85,10 @@ impl<T: Float, W: Float, X: Side> Task for TransformTiles<'_, T, W, X> {
             let tile = OfTile::<X>::new(self.part.outputs[self.part.class_of(word * W::PER_WORD)]);
             for channel in (0..channels).step_by(S::LANES) {
                 let pixels = |i: usize| Pixels { window: &windows[i], next: Some((&next[i], X::SEEN)), channel };
-                // The next vector of channels, or the next word's first.
-                let after = match channel + S::LANES {
+                // Not the next vector, whose lines would not come in time, but the one after it, of the next word if this has none.
+                let after = match channel + 2 * S::LANES {
                     channel if channel < channels => start(word, channel),
-                    _ => start(following, 0),
+                    channel => start(following, channel - channels),
                 };
                 let words = Plane { first: start(word, channel), steps: [X::RESULTS * result, result] };
                 // SAFETY: pixels have as many channels; there is room for each word at each result, and these are this task's.
