@@ -14,6 +14,7 @@ pub mod float;
 pub mod gather;
 pub mod gemm;
 pub mod gemm_transposed;
+mod isa;
 pub mod loss;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -30,4 +31,4 @@ pub mod tiles;
 pub mod winograd;
 
 pub use float::Float;
-pub use simd::Isa;
+pub use isa::Isa;

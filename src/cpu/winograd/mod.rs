@@ -14,6 +14,7 @@ mod ahead;
 mod axes;
 pub mod blocks;
 mod few;
+mod matrices;
 mod pairs;
 mod parts;
 mod points;
