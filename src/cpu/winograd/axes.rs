@@ -139,20 +139,52 @@ impl<W: Float, S: Simd> Sink<S, 2> for Words<W> {
     }
 }
 
-/// A transform along both axes.
+/// Which tile and which channel to ask for with a vector of `this` from `channel` on, one of those of `channels`: not the next vector's, whose lines would
+/// not come in time, but that of the one after it, of the tile that follows if this has none.
+#[inline(always)]
+pub(super) fn vector_ahead<S: Simd>(
+    [this, following]: [usize; 2],
+    channel: usize,
+    channels: &Range<usize>,
+) -> [usize; 2] {
+    let channel = channel + 2 * S::LANES;
+    if channel < channels.end { [this, channel] } else { [following, channels.start + channel - channels.end] }
+}
+
+/// A transform along both axes. Mark its methods `#[inline(always)]`.
 pub(super) trait AlongBoth {
-    /// Mark it `#[inline(always)]`.
+    /// Along the columns, to the room.
     ///
     /// # Safety
-    /// The sources have a row for each value along the columns and a column for each along the rows, the sink room for each of their
-    /// results.
+    /// The source has a row for each value along the columns and a column for each along the rows.
+    unsafe fn columns<S: Simd>(&self, simd: S, room: &mut Room, source: &impl Source<S>);
+
+    /// Along the rows of what the columns have left in the rooms.
+    ///
+    /// # Safety
+    /// They have left it; the sink has room for each result.
+    unsafe fn rows<S: Simd, const N: usize>(&self, simd: S, rooms: &mut [Room; N], sink: impl Sink<S, N>);
+
+    /// Along the columns of each source, and then along the rows of all.
+    ///
+    /// # Safety
+    /// As for the two.
+    #[inline(always)]
     unsafe fn apply<S: Simd, const N: usize>(
         &self,
         simd: S,
         rooms: &mut [Room; N],
         sources: [impl Source<S>; N],
         sink: impl Sink<S, N>,
-    );
+    ) {
+        // SAFETY: the contract.
+        unsafe {
+            for (room, source) in rooms.iter_mut().zip(&sources) {
+                self.columns(simd, room, source);
+            }
+            self.rows(simd, rooms, sink);
+        }
+    }
 }
 
 /// `D` along the columns, and then `A` along the rows.
@@ -166,20 +198,15 @@ impl<D, A> Along<D, A> {
 
 impl<D: Transform, A: Transform> AlongBoth for Along<D, A> {
     #[inline(always)]
-    unsafe fn apply<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        rooms: &mut [Room; N],
-        sources: [impl Source<S>; N],
-        sink: impl Sink<S, N>,
-    ) {
+    unsafe fn columns<S: Simd>(&self, simd: S, room: &mut Room, source: &impl Source<S>) {
         // SAFETY: the contract.
-        unsafe {
-            for (room, source) in rooms.iter_mut().zip(&sources) {
-                along_columns::<D, S>(simd, room, source, A::VALUES);
-            }
-            along_rows::<A, S, N>(simd, rooms, 0..D::RESULTS, sink);
-        }
+        unsafe { along_columns::<D, S>(simd, room, source, A::VALUES) };
+    }
+
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const N: usize>(&self, simd: S, rooms: &mut [Room; N], sink: impl Sink<S, N>) {
+        // SAFETY: the contract.
+        unsafe { along_rows::<A, S, N>(simd, rooms, 0..D::RESULTS, sink) };
     }
 }
 
@@ -204,26 +231,20 @@ impl<X> OfTile<X> {
 
 impl<X: OfTiles> AlongBoth for OfTile<X> {
     #[inline(always)]
-    unsafe fn apply<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        rooms: &mut [Room; N],
-        sources: [impl Source<S>; N],
-        sink: impl Sink<S, N>,
-    ) {
+    unsafe fn columns<S: Simd>(&self, simd: S, room: &mut Room, source: &impl Source<S>) {
         let [down, across] = self.outputs;
         let columns = with_outputs!(X::AXIS, across, M => <X::Of<M> as Transform>::VALUES);
         // SAFETY: the contract.
-        unsafe {
-            let given = with_outputs!(X::AXIS, down, M => {
-                for (room, source) in rooms.iter_mut().zip(&sources) {
-                    along_columns::<X::Of<M>, S>(simd, room, source, columns);
-                }
-                const { &<X::Of<M> as Transform>::GIVES }
-            });
-            let rows = (0..MAX).filter(|&i| given[i]);
-            with_outputs!(X::AXIS, across, M => along_rows::<X::Of<M>, S, N>(simd, rooms, rows, sink));
-        }
+        with_outputs!(X::AXIS, down, M => unsafe { along_columns::<X::Of<M>, S>(simd, room, source, columns) });
+    }
+
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const N: usize>(&self, simd: S, rooms: &mut [Room; N], sink: impl Sink<S, N>) {
+        let [down, across] = self.outputs;
+        let given = with_outputs!(X::AXIS, down, M => const { &<X::Of<M> as Transform>::GIVES });
+        let rows = (0..MAX).filter(|&i| given[i]);
+        // SAFETY: the contract.
+        with_outputs!(X::AXIS, across, M => unsafe { along_rows::<X::Of<M>, S, N>(simd, rooms, rows, sink) });
     }
 }
 

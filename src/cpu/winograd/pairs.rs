@@ -118,18 +118,27 @@ pub(super) fn apply<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S:
     }
 }
 
+/// The polynomial of two pairs, the only ones or those of a half.
+#[inline(always)]
+fn product<X: Transform, S: Simd, const HALF: usize>(simd: S, [first, second, third]: [S::V; 3]) -> S::V {
+    let [sum, product] = const { PairsOf::<X>::PAIRS.product(HALF) };
+    simd.mul_add(simd.splat(sum), second, simd.mul_add(simd.splat(product), first, third))
+}
+
+/// [`product`] of values two apart, from one on.
+#[inline(always)]
+fn product_from<X: Transform, S: Simd, const HALF: usize>(simd: S, values: &[S::V; MAX], at: usize) -> S::V {
+    product::<X, S, HALF>(simd, [values[at], values[at + 2], values[at + 4]])
+}
+
 /// Two pairs: each has the other's polynomial, of the one power and of the other.
 #[inline(always)]
 fn apply_two<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
     let mut out = [simd.splat(0.0); MAX];
     let shift = const { PairsOf::<X>::SHIFT };
-    let product = |values: [S::V; 3]| {
-        let [sum, product] = const { PairsOf::<X>::PAIRS.product(0) };
-        simd.mul_add(simd.splat(sum), values[1], simd.mul_add(simd.splat(product), values[0], values[2]))
-    };
-    out[const { PairsOf::<X>::PAIRS.infinity }] = product([values[shift], values[shift + 2], values[shift + 4]]);
+    out[const { PairsOf::<X>::PAIRS.infinity }] = product_from::<X, S, 0>(simd, values, shift);
     if let Some((zero, scale)) = const { PairsOf::<X>::ZERO } {
-        out[zero] = simd.mul(simd.splat(scale), product([values[0], values[2], values[4]]));
+        out[zero] = simd.mul(simd.splat(scale), product_from::<X, S, 0>(simd, values, 0));
     }
     unrolled!(PAIR in 0 1 => {
         let other = simd.splat(const { PairsOf::<X>::PAIRS.factor(PAIR ^ 1) });
@@ -151,26 +160,19 @@ fn apply_two<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX
 /// Four pairs, in halves.
 #[inline(always)]
 fn apply_four<X: Transform, S: Simd>(simd: S, values: &[S::V; MAX]) -> [S::V; MAX] {
-    // A polynomial of two pairs, of values two apart.
-    macro_rules! product {
-        ($half:expr, $first:expr, $second:expr, $third:expr) => {{
-            let [sum, product] = const { PairsOf::<X>::PAIRS.product($half) };
-            simd.mul_add(simd.splat(sum), $second, simd.mul_add(simd.splat(product), $first, $third))
-        }};
-        ($half:expr, $at:expr) => {
-            product!($half, values[$at], values[$at + 2], values[$at + 4])
-        };
-    }
     let mut out = [simd.splat(0.0); MAX];
     let shift = const { PairsOf::<X>::SHIFT };
     unrolled!(HALF in 0 1 => {
+        const OTHER: usize = 1 - HALF;
         // What the pairs of this half have in common, with the one power and with the other.
-        let even = [product!(1 - HALF, shift), product!(1 - HALF, shift + 2)];
-        let odd = [product!(1 - HALF, shift + 1), product!(1 - HALF, shift + 3)];
+        let mut common = [simd.splat(0.0); 4];
+        unrolled!(AT in 0 1 2 3 => { common[AT] = product_from::<X, S, OTHER>(simd, values, shift + AT) });
+        let (even, odd) = ([common[0], common[2]], [common[1], common[3]]);
         if HALF == 0 {
-            out[const { PairsOf::<X>::PAIRS.infinity }] = product!(0, even[0], even[1], product!(1, shift + 4));
+            let last = product_from::<X, S, 1>(simd, values, shift + 4);
+            out[const { PairsOf::<X>::PAIRS.infinity }] = product::<X, S, 0>(simd, [even[0], even[1], last]);
             if let Some((zero, scale)) = const { PairsOf::<X>::ZERO } {
-                let sum = product!(0, product!(1, 0), odd[0], odd[1]);
+                let sum = product::<X, S, 0>(simd, [product_from::<X, S, 1>(simd, values, 0), odd[0], odd[1]]);
                 out[zero] = simd.mul(simd.splat(scale), sum);
             }
         }

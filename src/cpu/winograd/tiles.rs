@@ -87,7 +87,7 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
         assert!(self.channels.end <= self.extents.input[2] && self.channels.len().is_multiple_of(S::LANES));
         let (mut room, far) = ([Room::new()], self.extents.are_far::<T>());
         let Layout { row, slot, tile: tile_step, block: block_step, words } = self.layout;
-        let (block, end) = (words * W::PER_WORD, self.channels.end);
+        let block = words * W::PER_WORD;
         let start = |tile: usize, channel: usize| {
             let at = tile * tile_step + channel / block * block_step + channel % block;
             Plane { first: self.to.pointer().wrapping_add(at), steps: [row, slot] }
@@ -102,12 +102,9 @@ impl<T: Float, W: Float, const STRIDE: usize> Task for Inputs<'_, T, W, STRIDE> 
             for channel in self.channels.clone().step_by(S::LANES) {
                 let seen = OfInputs::<W, STRIDE>::SEEN;
                 let pixels = Pixels { window, next: next_window.as_ref().map(|next| (next, seen)), channel };
-                // Not the next vector, whose lines would not come in time, but the one after it, of the next tile if this has none.
-                let next = match channel + 2 * S::LANES {
-                    channel if channel < end => start(tile, channel),
-                    channel => start(following, self.channels.start + channel - end),
-                };
-                let slots = Asking { to: start(tile, channel), next: far.then_some(next) };
+                let [tile_ahead, channel_ahead] = vector_ahead::<S>([tile, following], channel, &self.channels);
+                let next = far.then_some(start(tile_ahead, channel_ahead));
+                let slots = Asking { to: start(tile, channel), next };
                 // SAFETY: channels are whole vectors; there is room for those of each tile at each pair of slots, and these tiles are this
                 // task's.
                 unsafe { transform.apply(simd, &mut room, [pixels], slots) };

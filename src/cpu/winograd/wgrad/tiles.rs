@@ -78,21 +78,19 @@ impl<T: Float, W: Float, X: Side> Task for TransformTiles<'_, T, W, X> {
             self.to.pointer().wrapping_add(at)
         };
         let mut rooms = [Room::new(), Room::new()];
-        let mut next = self.windows(self.words.start);
+        let mut next_windows = self.windows(self.words.start);
         for word in self.words.clone() {
             let following = self.words.end.min(word + 2) - 1;
-            let windows = std::mem::replace(&mut next, self.windows(following));
+            let windows = std::mem::replace(&mut next_windows, self.windows(following));
             let tile = OfTile::<X>::new(self.part.outputs[self.part.class_of(word * W::PER_WORD)]);
             for channel in (0..channels).step_by(S::LANES) {
-                let pixels = |i: usize| Pixels { window: &windows[i], next: Some((&next[i], X::SEEN)), channel };
-                // Not the next vector, whose lines would not come in time, but the one after it, of the next word if this has none.
-                let after = match channel + 2 * S::LANES {
-                    channel if channel < channels => start(word, channel),
-                    channel => start(following, channel - channels),
-                };
+                let pixels =
+                    |i: usize| Pixels { window: &windows[i], next: Some((&next_windows[i], X::SEEN)), channel };
+                let [ahead, channel_ahead] = vector_ahead::<S>([word, following], channel, &(0..channels));
                 let words = Plane { first: start(word, channel), steps: [X::RESULTS * result, result] };
+                let next = start(ahead, channel_ahead);
                 // SAFETY: pixels have as many channels; there is room for each word at each result, and these are this task's.
-                unsafe { transform_words(simd, &tile, [pixels(0), pixels(1)], &mut rooms, words, after) };
+                unsafe { transform_words(simd, &tile, [pixels(0), pixels(1)], &mut rooms, words, next) };
             }
         }
     }
