@@ -19,66 +19,55 @@ pub fn signs(scale: &[f32]) -> Vec<f32> {
 }
 
 /// The gradients of maxima, `[n, oh, ow, c]`, and the places that these come from.
-#[derive(Clone, Copy)]
 pub struct OfMaxima<'a, T> {
-    /// The gradients.
-    pub dy: &'a [T],
-    /// The places.
-    pub places: &'a [u8],
-    /// The pooling.
-    pub shape: &'a PoolShape,
+    dy: &'a [T],
+    places: &'a [u8],
+    shape: &'a PoolShape,
+    columns: Covering,
 }
 
-impl<T> OfMaxima<'_, T> {
-    fn check(&self) {
-        let windows = self.shape.n * self.shape.output().iter().product::<usize>() * self.shape.c;
-        assert!([self.dy.len(), self.places.len()] == [windows; 2], "buffers fit the shape");
+impl<'a, T: Float> OfMaxima<'a, T> {
+    /// Of a pooling.
+    pub fn new(dy: &'a [T], places: &'a [u8], shape: &'a PoolShape) -> Self {
+        let windows = shape.n * shape.output().iter().product::<usize>() * shape.c;
+        assert!([dy.len(), places.len()] == [windows; 2], "buffers fit the shape");
+        OfMaxima { dy, places, shape, columns: Covering::columns(shape) }
     }
-}
 
-/// [`super::norm_backward::backward_input`] of what was pooled; the gate is not one of outputs.
-pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, abc: [&[f32]; 3], of: OfMaxima<T>, dx: &mut [T]) {
-    let (row_len, covering) = (of.shape.w * of.shape.c, Covering::columns(of.shape));
-    assert!([x.len(), dx.len()] == [of.shape.n * of.shape.h * row_len; 2], "buffers fit the shape");
-    of.check();
-    dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(row, (dx, x))| {
-        backward_input_of_row(x, gate, abc, of, (row, &covering), dx);
-    });
-}
-
-/// [`backward_input`] of some rows of all pictures', those that `x` and `dx` hold, on this thread.
-pub fn backward_input_of_rows<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    abc: [&[f32]; 3],
-    of: OfMaxima<T>,
-    rows: Range<usize>,
-    dx: &mut [T],
-) {
-    let (row_len, covering) = (of.shape.w * of.shape.c, Covering::columns(of.shape));
-    assert!([x.len(), dx.len()] == [rows.len() * row_len; 2], "buffers fit the shape");
-    of.check();
-    for (row, (dx, x)) in rows.zip(dx.chunks_exact_mut(row_len).zip(x.chunks_exact(row_len))) {
-        backward_input_of_row(x, gate, abc, of, (row, &covering), dx);
+    /// [`super::norm_backward::backward_input`] of what was pooled; the gate is not one of outputs.
+    pub fn backward_input(&self, x: &[T], gate: Gate<T>, abc: [&[f32]; 3], dx: &mut [T]) {
+        let (row_len, rows) = (self.row_len(), self.shape.n * self.shape.h);
+        assert!([x.len(), dx.len()] == [rows * row_len; 2], "buffers fit the shape");
+        dx.par_chunks_mut(row_len).zip(x.par_chunks(row_len)).enumerate().for_each(|(row, (dx, x))| {
+            self.backward_input_of_row(x, gate, abc, row, dx);
+        });
     }
-}
 
-fn backward_input_of_row<T: Float>(
-    x: &[T],
-    gate: Gate<T>,
-    abc: [&[f32]; 3],
-    OfMaxima { dy, places, shape }: OfMaxima<T>,
-    (row, columns): (usize, &Covering),
-    dx: &mut [T],
-) {
-    let [oh, ow] = shape.output();
-    assert!(row < shape.n * shape.h, "a row of the pictures");
-    let (image, row) = (row / shape.h, row % shape.h);
-    // The place of each row of windows' first column, and its first window.
-    let rows = shape.covering(row, oh).map(|(ky, oy)| (ky * shape.kernel, (image * oh + oy) * ow)).collect();
-    assert!(!matches!(gate, Gate::Outputs(_)) && gate.fits(dx.len(), shape.c) && whole_rows(x, abc));
-    assert_eq!(abc[0].len(), shape.c, "vectors of channels");
-    by_columns(shape.c, BackwardRow { x, gate, abc, dy, places, rows, columns, dx });
+    /// The same of some rows of all pictures', those that `x` and `dx` hold, on this thread.
+    pub fn backward_input_of_rows(&self, x: &[T], gate: Gate<T>, abc: [&[f32]; 3], rows: Range<usize>, dx: &mut [T]) {
+        let row_len = self.row_len();
+        assert!([x.len(), dx.len()] == [rows.len() * row_len; 2], "buffers fit the shape");
+        for (row, (dx, x)) in rows.zip(dx.chunks_exact_mut(row_len).zip(x.chunks_exact(row_len))) {
+            self.backward_input_of_row(x, gate, abc, row, dx);
+        }
+    }
+
+    /// Values of a row of what was pooled.
+    fn row_len(&self) -> usize {
+        self.shape.w * self.shape.c
+    }
+
+    fn backward_input_of_row(&self, x: &[T], gate: Gate<T>, abc: [&[f32]; 3], row: usize, dx: &mut [T]) {
+        let OfMaxima { dy, places, shape, ref columns } = *self;
+        let [oh, ow] = shape.output();
+        assert!(row < shape.n * shape.h, "a row of the pictures");
+        let (image, row) = (row / shape.h, row % shape.h);
+        // The place of each row of windows' first column, and its first window.
+        let rows = shape.covering(row, oh).map(|(ky, oy)| (ky * shape.kernel, (image * oh + oy) * ow)).collect();
+        assert!(!matches!(gate, Gate::Outputs(_)) && gate.fits(dx.len(), shape.c) && whole_rows(x, abc));
+        assert_eq!(abc[0].len(), shape.c, "vectors of channels");
+        by_columns(shape.c, BackwardRow { x, gate, abc, dy, places, rows, columns, dx });
+    }
 }
 
 /// A row of pixels, each of which collects from the windows that it is the maximum of.

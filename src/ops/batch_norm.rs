@@ -6,17 +6,17 @@
 //! stored statistics they are constants, and `dx = gamma / sqrt(var + eps) * g`. Either way `dgamma = sum(g * xhat)`,
 //! `dbeta = sum(g)` and `dresidual = g`.
 
+mod backward;
+
 use super::pool::{max_pool2d, pool_shape};
 use super::{require_f32, require_float, require_one_device, require_vector};
 use crate::autograd::record;
-use crate::cpu::norm_backward::{self, Gate};
-use crate::cpu::norm_pool::OfMaxima;
 use crate::cpu::pool::{PoolShape, signed_max_pool};
-use crate::cpu::{Float, elementwise, norm, norm_pool};
+use crate::cpu::{Float, norm, norm_pool};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{CpuBuffer, Device, Tensor, with_float};
-use std::ops::Range;
+pub(super) use backward::Saved;
 
 /// Statistics of a batch, for the running averages.
 #[derive(Clone)]
@@ -250,161 +250,6 @@ impl Pooled {
     }
 }
 
-/// What the backward pass reads.
-pub(super) struct Saved {
-    x: Tensor,
-    /// What the ReLU gave, if that is not a function of `x` alone.
-    y: Option<Tensor>,
-    relu: bool,
-    pooled: Option<Pooled>,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: f32,
-    count: Option<usize>,
-}
-
-/// The gradient to a norm's input on the CPU, still to be computed: `a * g + b * x + c`, where `g` is what the gate lets pass of `dy`.
-pub(super) struct InputGradient {
-    x: Tensor,
-    dy: Tensor,
-    /// `scale` and `shift`, if a ReLU's gate is still to be applied.
-    gate: Option<[Vec<f32>; 2]>,
-    coefficients: [Vec<f32>; 3],
-    /// The places that maxima come from, if they were pooled.
-    pooled: Option<(CpuBuffer, PoolShape)>,
-}
-
-impl InputGradient {
-    fn gate<T: Float>(&self) -> Gate<'_, T> {
-        self.gate.as_ref().map_or(Gate::Open, |[scale, shift]| Gate::Affine([scale, shift]))
-    }
-
-    /// That of some rows of all pictures', for an input `[N, H, ...]`.
-    pub(super) fn of_rows<T: Float>(&self, rows: Range<usize>, dx: &mut [T]) {
-        let row_len = self.x.dims()[2..].iter().product::<usize>();
-        let values = rows.start * row_len..rows.end * row_len;
-        let (x, dy) = (&self.x.as_slice::<T>()[values.clone()], self.dy.as_slice::<T>());
-        match &self.pooled {
-            Some((places, shape)) => {
-                let of = OfMaxima { dy, places: places.as_slice(), shape };
-                norm_pool::backward_input_of_rows(x, self.gate(), self.coefficients(), of, rows, dx);
-            }
-            None => norm_backward::backward_input(x, self.gate(), self.coefficients(), Some(&dy[values]), dx),
-        }
-    }
-
-    /// That of all of the input.
-    pub(super) fn whole<T: Float>(mut self) -> Tensor {
-        let x = self.x.clone();
-        let x = x.as_slice::<T>();
-        if let Some((places, shape)) = &self.pooled {
-            let of = OfMaxima { dy: self.dy.as_slice(), places: places.as_slice(), shape };
-            return Tensor::build(self.x.shape().clone(), |dx| {
-                norm_pool::backward_input(x, self.gate(), self.coefficients(), of, dx);
-            });
-        }
-        // In place, if nothing else has the gradient.
-        let dy = std::mem::replace(&mut self.dy, self.x.clone());
-        dy.replaced(|dy, dx| norm_backward::backward_input(x, self.gate(), self.coefficients(), dy, dx))
-    }
-
-    fn coefficients(&self) -> [&[f32]; 3] {
-        self.coefficients.each_ref().map(|vector| &vector[..])
-    }
-}
-
-/// The gradients of a norm.
-pub(super) struct Gradients {
-    pub(super) input: Option<InputGradient>,
-    pub(super) gamma: Option<Tensor>,
-    pub(super) beta: Option<Tensor>,
-    /// As many as there are residuals.
-    pub(super) residual: Option<Option<Tensor>>,
-}
-
-impl Saved {
-    fn backward<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let Gradients { input, gamma, beta, residual } = self.gradients::<T>(dy, needs)?;
-        let dx = input.map(|input| input.whole::<T>());
-        Ok([dx, gamma, beta].into_iter().chain(residual).collect())
-    }
-
-    /// Of the input, the scale, the shift, and the residual if there is one, those that are needed; on the CPU.
-    pub(super) fn gradients<T: Float>(self, dy: Tensor, needs: &[bool]) -> Result<Gradients> {
-        let (mean, gamma) = (self.mean.as_slice::<f32>(), self.gamma.as_slice::<f32>());
-        let (channels, rstd) = (mean.len(), reciprocal_deviation(self.variance.as_slice(), self.eps));
-        let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
-        let (scale, shift) = scale_and_shift(gamma, self.beta.as_slice(), mean, &rstd);
-        let affine = || if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
-        // Batch statistics need both sums for the input's gradient as well.
-        let sums_are_needed = self.count.is_some() || needs[1] || needs[2];
-        let mut dy = dy;
-        if let Some(Pooled { maxima, signs, .. }) = &self.pooled {
-            if sums_are_needed {
-                let (scale, mean) = (product(&scale, signs), product(mean, signs));
-                let gate = if self.relu { Gate::Affine([&scale, &shift]) } else { Gate::Open };
-                dy = dy.map_in_place(|dy| {
-                    let x = maxima.as_slice::<T>();
-                    norm_backward::parameter_gradients(x, gate, dy, [&mean, &rstd], &mut dgamma, &mut dbeta);
-                });
-                dgamma = product(&dgamma, signs);
-            }
-        } else {
-            let gate = self.y.as_ref().map_or_else(affine, |y| Gate::Outputs(y.as_slice()));
-            if sums_are_needed {
-                let x = self.x.as_slice::<T>();
-                dy = dy.map_in_place(|dy| {
-                    norm_backward::parameter_gradients(x, gate, dy, [mean, &rstd], &mut dgamma, &mut dbeta);
-                });
-            } else if let Gate::Outputs(y) = gate {
-                dy = dy.map_in_place(|dy| elementwise::relu_backward::<T>(y, dy));
-            }
-        }
-        let residual = needs.get(3).map(|&needed| needed.then(|| dy.clone()));
-        let coefficients = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
-        let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
-        Ok(Gradients {
-            gamma: needs[1].then(|| vector(dgamma)).transpose()?,
-            beta: needs[2].then(|| vector(dbeta)).transpose()?,
-            residual,
-            // Outputs have let pass what they do.
-            input: needs[0].then(|| InputGradient {
-                x: self.x.clone(),
-                dy,
-                gate: (self.relu && self.y.is_none()).then_some([scale, shift]),
-                coefficients,
-                pooled: self.pooled.map(|Pooled { places, shape, .. }| (places, shape)),
-            }),
-        })
-    }
-
-    fn backward_on_cuda(self, dy: Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let affine = cuda::norm::Affine {
-            gamma: &self.gamma,
-            beta: &self.beta,
-            mean: &self.mean,
-            variance: &self.variance,
-            eps: self.eps,
-        };
-        let wants_residual = needs.get(3) == Some(&true);
-        let gradients = cuda::norm::backward(
-            &self.x,
-            self.y.as_ref(),
-            &dy,
-            affine,
-            self.count.is_some(),
-            needs[0],
-            wants_residual,
-        )?;
-        let parameters = [(needs[1], gradients.dgamma), (needs[2], gradients.dbeta)];
-        let parameters = parameters.into_iter().map(|(needed, gradient)| needed.then_some(gradient));
-        let residual = needs.get(3).map(|_| gradients.dresidual);
-        Ok([gradients.dx].into_iter().chain(parameters).chain(residual).collect())
-    }
-}
-
 /// Element by element.
 fn product(a: &[f32], b: &[f32]) -> Vec<f32> {
     a.iter().zip(b).map(|(a, b)| a * b).collect()
@@ -415,23 +260,4 @@ pub(crate) fn scale_and_shift(gamma: &[f32], beta: &[f32], mean: &[f32], rstd: &
     let scale: Vec<f32> = gamma.iter().zip(rstd).map(|(g, r)| g * r).collect();
     let shift = beta.iter().zip(mean).zip(&scale).map(|((b, m), s)| b - m * s).collect();
     (scale, shift)
-}
-
-/// `a`, `b`, `c` of `dx = a * g + b * x + c`, the gradient above with its terms collected.
-fn input_coefficients(
-    gamma: &[f32],
-    mean: &[f32],
-    rstd: &[f32],
-    dgamma: &[f32],
-    dbeta: &[f32],
-    count: Option<usize>,
-) -> [Vec<f32>; 3] {
-    let a: Vec<f32> = gamma.iter().zip(rstd).map(|(g, r)| g * r).collect();
-    let Some(count) = count else {
-        return [a, vec![0.0; mean.len()], vec![0.0; mean.len()]];
-    };
-    let count = count as f32;
-    let b: Vec<f32> = (0..a.len()).map(|i| -a[i] * rstd[i] * dgamma[i] / count).collect();
-    let c = (0..a.len()).map(|i| -a[i] * dbeta[i] / count - b[i] * mean[i]).collect();
-    [a, b, c]
 }

@@ -11,6 +11,7 @@
 pub mod amx;
 mod blocks;
 mod filter;
+mod finish;
 pub mod multiply;
 mod planes;
 pub mod transposed;

@@ -6,19 +6,16 @@
 //! cache lines, so that the left side comes from L1 and the right side, a stream, from L2. It passes L1 by but for its first steps, as
 //! otherwise nothing at all would stay there from one block to the next. Nothing is asked for ahead: requests share the
 //! few lines that a core waits for at a time with loads of tiles, and made every product wait longer.
-//!
-//! Finishing the 32 rows of a block's sums takes as long as two steps or three. They are finished between the steps of the next block,
-//! for the tiles multiply on their own while vectors do that.
 
 use super::super::float::Float;
 use super::super::gather::Gather;
 use super::super::gemm::{Epilogue, Output};
 use super::super::parallel::{for_each, piece};
-use super::super::portable::Scalar;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{Again, STEP, TILE, Tiles};
 use super::blocks::Blocks;
-use super::planes::{Arrangement, NONE, Part};
+use super::finish::{Results, Sums, Unfinished};
+use super::planes::{Arrangement, Part};
 use super::{HALF, Parts, RIGHT, TileFilter, parts_of};
 use half::bf16;
 use std::marker::PhantomData;
@@ -317,90 +314,5 @@ impl<U: Tiles, T: Float, const PARTS: usize> Task for Job<'_, U, T, PARTS> {
         }
         // SAFETY: as above.
         unsafe { unfinished.finish(simd, results, TILE) };
-    }
-}
-
-/// The sums of a block.
-#[derive(Default)]
-#[repr(align(64))]
-struct Sums([[f32; TILE]; TILE]);
-
-/// What becomes of sums: a copy, which no result that is stored can have changed.
-#[derive(Clone, Copy)]
-struct Results<'a, T> {
-    epilogue: Epilogue<'a, T>,
-    c: *mut T,
-    columns: usize,
-}
-
-/// Rows of a block's sums that are not finished.
-struct Unfinished<'a, V> {
-    /// Of each row.
-    targets: std::slice::Iter<'a, usize>,
-    sums: *const f32,
-    column: usize,
-    /// That of the columns, in as many vectors as they take.
-    bias: [V; TILE / 4],
-}
-
-impl<'a, V: Copy> Unfinished<'a, V> {
-    #[inline(always)]
-    fn none<S: Simd<V = V>>(simd: S) -> Self {
-        Unfinished { targets: [].iter(), sums: std::ptr::null(), column: 0, bias: [simd.splat(0.0); TILE / 4] }
-    }
-
-    /// The sums of some positions from `column` on.
-    #[inline(always)]
-    fn new<S: Simd<V = V>, T>(
-        simd: S,
-        results: Results<T>,
-        sums: *const f32,
-        targets: &'a [usize],
-        column: usize,
-    ) -> Self {
-        const { assert!(S::LANES >= 4) };
-        let mut unfinished = Unfinished { targets: targets.iter(), column, sums, ..Self::none(simd) };
-        // Fewer columns are finished one by one.
-        if let Some(bias) = results.epilogue.bias.and_then(|bias| bias.get(column..column + TILE)) {
-            for (vector, bias) in unfinished.bias.iter_mut().zip(bias.chunks_exact(S::LANES)) {
-                // SAFETY: so many values.
-                *vector = unsafe { simd.load(bias.as_ptr()) };
-            }
-        }
-        unfinished
-    }
-
-    /// Finishes some rows, as far as there are.
-    ///
-    /// # Safety
-    /// The sums are still there; rows of the target are this task's alone and lie inside the result.
-    #[inline(always)]
-    unsafe fn finish<S: Simd<V = V>, T: Float>(&mut self, simd: S, results: Results<T>, rows: usize) {
-        const { assert!(TILE.is_multiple_of(2 * S::LANES)) };
-        let Results { epilogue, c, columns } = results;
-        for _ in 0..rows {
-            let Some(&target) = self.targets.next() else { return };
-            let sums = self.sums;
-            self.sums = sums.wrapping_add(TILE);
-            if target == NONE {
-                continue;
-            }
-            let at = target * columns + self.column;
-            // SAFETY: the contract; of the columns those are taken that there are.
-            unsafe {
-                if self.column + TILE <= columns {
-                    for i in 0..TILE / (2 * S::LANES) {
-                        let (first, bias) = (2 * i * S::LANES, [self.bias[2 * i], self.bias[2 * i + 1]]);
-                        let sums = [simd.load(sums.add(first)), simd.load(sums.add(first + S::LANES))];
-                        epilogue.store_two(simd, sums, bias, c, at + first);
-                    }
-                } else {
-                    for i in 0..columns - self.column {
-                        let bias = epilogue.bias.map(|bias| bias[self.column + i]);
-                        epilogue.store(Scalar, *sums.add(i), bias, c, at + i);
-                    }
-                }
-            }
-        }
     }
 }

@@ -14,13 +14,13 @@ use super::check_operands;
 use super::few;
 use super::parts::{Extents, Part, TileGrid, spread};
 use super::points::*;
-use super::tiles::{Finish, Inputs, Layout, Outputs, Starts, halves};
+use super::tiles::{Inputs, Layout, Outputs, finish, halves};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::{for_each, for_each_of};
-use crate::cpu::simd::{Isa, Simd, Task, dispatch};
+use crate::cpu::simd::{Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 pub use filter::StripFilter;
 use std::marker::PhantomData;
@@ -206,30 +206,6 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Convolution<'a, T, W, STRIDE> 
         let outputs = &Outputs { part, extents, epilogue, y: &self.y, transform: PhantomData::<W> };
         let sums = dispatch(isa, Strip::<W, STRIDE> { inputs, layout: self.layout(part), filter, strip, part });
         finish::<T, W, STRIDE>(isa, outputs, &sums, strip * STRIP..o.min((strip + 1) * STRIP));
-    }
-}
-
-/// Transforms sums of some channels, `[position down][position across][panel][tile][column]`, to outputs; a position has the tiles that
-/// there are there, and whole tiles of the micro-kernel.
-pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
-    isa: Isa,
-    outputs: &Outputs<T, W>,
-    sums: &[f32],
-    channels: Range<usize>,
-) {
-    let (part, width) = (outputs.part, isa.tile_columns());
-    let across = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
-    let position_len = sums.len() / across.pow(2);
-    for (class, tiles) in part.classes().enumerate().filter(|(_, tiles)| !tiles.is_empty()) {
-        let starts =
-            &Starts::new(across, |[i, j]| (i * across + j) * position_len + part.first_at([i, j], class) * width);
-        for (row, tile) in tiles.enumerate() {
-            for (panel, start) in channels.clone().step_by(width).enumerate() {
-                let channels = start..channels.end.min(start + width);
-                let sums = &sums[(panel * part.room() + row) * width..];
-                dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts });
-            }
-        }
     }
 }
 

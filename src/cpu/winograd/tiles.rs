@@ -7,7 +7,7 @@ use super::transforms::*;
 use super::window::Window;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Epilogue, Output};
-use crate::cpu::simd::{Simd, Task};
+use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -120,6 +120,30 @@ pub(super) struct Outputs<'a, T, W> {
     pub epilogue: Epilogue<'a, T>,
     pub y: &'a Output<T>,
     pub transform: PhantomData<W>,
+}
+
+/// Transforms sums of some channels, `[position down][position across][panel][tile][column]`, to outputs; a position has the tiles that
+/// there are there, and whole tiles of the micro-kernel.
+pub(super) fn finish<T: Float, W: Float, const STRIDE: usize>(
+    isa: Isa,
+    outputs: &Outputs<T, W>,
+    sums: &[f32],
+    channels: Range<usize>,
+) {
+    let (part, width) = (outputs.part, isa.tile_columns());
+    let across = positions(axis::<W>(STRIDE), axis::<W>(STRIDE).outputs);
+    let position_len = sums.len() / across.pow(2);
+    for (class, tiles) in part.classes().enumerate().filter(|(_, tiles)| !tiles.is_empty()) {
+        let starts =
+            &Starts::new(across, |[i, j]| (i * across + j) * position_len + part.first_at([i, j], class) * width);
+        for (row, tile) in tiles.enumerate() {
+            for (panel, start) in channels.clone().step_by(width).enumerate() {
+                let channels = start..channels.end.min(start + width);
+                let sums = &sums[(panel * part.room() + row) * width..];
+                dispatch(isa, Finish::<T, W, STRIDE> { outputs, tile, channels, sums, starts });
+            }
+        }
+    }
 }
 
 /// `A^T m A` of some channels of a tile with the epilogue.
