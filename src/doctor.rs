@@ -1,8 +1,8 @@
-//! Whether the kernels compute rightly on the machine at hand: the CPU's against sums written out in f64, the card's against
-//! the CPU's.
+//! Whether the kernels compute rightly on the machine at hand: the CPU's convolutions against sums written out in f64, all of the card's
+//! against the CPU's.
 
 use crate::cuda::gemm::{Layout, Rung, run as gemm};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{self, Conv2dParams, CrossEntropy, FusedConv2d, Norm, Statistics};
 use crate::optim::{Algorithm, Optimizer, ParamGroup};
 use crate::tensor::{DType, Device, Tensor};
@@ -42,31 +42,29 @@ fn relative(got: &[f32], want: impl Iterator<Item = f64>) -> f64 {
     (difference / norm.max(1e-30)).sqrt()
 }
 
-/// The convolution's definition.
-fn convolve(x: &Tensor, w: &Tensor, stride: usize, padding: usize) -> Vec<f64> {
-    let (&[n, h, width, c], &[o, kh, kw, _]) = (x.dims(), w.dims()) else { unreachable!("four extents each") };
-    let (oh, ow) = ((h + 2 * padding - kh) / stride + 1, (width + 2 * padding - kw) / stride + 1);
-    let (xs, ws) = (x.as_slice::<f32>(), w.as_slice::<f32>());
-    let mut y = Vec::with_capacity(n * oh * ow * o);
+/// The convolution's definition: calls `body` for each of its products with the places of the output it adds to, of the input and of
+/// the filter's value. Gradients are sums of the same products.
+fn for_each_product(
+    [n, h, width, c, o, kernel, stride, padding]: [usize; 8],
+    mut body: impl FnMut(usize, usize, usize),
+) {
+    let output = |extent: usize| (extent + 2 * padding - kernel) / stride + 1;
+    let (oh, ow) = (output(h), output(width));
     for position in 0..n * oh * ow * o {
         let (i, p, q, out) = (position / (oh * ow * o), position / (ow * o) % oh, position / o % ow, position % o);
-        let mut sum = 0.0;
-        for (r, s) in (0..kh).flat_map(|r| (0..kw).map(move |s| (r, s))) {
+        for (r, s) in (0..kernel).flat_map(|r| (0..kernel).map(move |s| (r, s))) {
             let (row, column) = ((p * stride + r).wrapping_sub(padding), (q * stride + s).wrapping_sub(padding));
             if row < h && column < width {
                 for k in 0..c {
-                    let x = xs[((i * h + row) * width + column) * c + k];
-                    sum += f64::from(x) * f64::from(ws[((out * kh + r) * kw + s) * c + k]);
+                    body(position, ((i * h + row) * width + column) * c + k, ((out * kernel + r) * kernel + s) * c + k);
                 }
             }
         }
-        y.push(sum);
     }
-    y
 }
 
-/// `[name, n, h, w, c, o, kernel, stride, padding]` of convolutions that reach every kernel: the first layer, both strides, a
-/// 1x1, and one whose channels no vector divides.
+/// `[name, n, h, w, c, o, kernel, stride, padding]` of convolutions: the first layer, both strides, a 1x1, and one whose channels no
+/// vector divides.
 const CASES: [(&str, [usize; 8]); 5] = [
     ("7x7 of 3 channels", [2, 19, 22, 3, 64, 7, 2, 3]),
     ("3x3", [2, 14, 13, 64, 64, 3, 1, 1]),
@@ -75,23 +73,43 @@ const CASES: [(&str, [usize; 8]); 5] = [
     ("3x3 of 5 channels", [1, 9, 8, 5, 7, 3, 1, 1]),
 ];
 
-/// The CPU's kernels.
+/// More that the CPU has other ways for: many tiles of few channels, and of many.
+const MANY_TILES: [(&str, [usize; 8]); 2] =
+    [("3x3 of many tiles", [2, 28, 28, 32, 48, 3, 1, 1]), ("3x3 of 160 channels", [3, 14, 14, 32, 160, 3, 1, 1])];
+
+/// The CPU's convolutions and their gradients, for which each instruction set has kernels of its own.
 pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
     // Winograd's algorithm rounds transformed values to bf16 too, and its sums amplify that.
     for (precision, dtype, tolerance) in [("f32", DType::F32, 1e-5), ("bf16", DType::BF16, 2e-2)] {
-        for (name, [n, h, w, c, o, k, stride, padding]) in CASES {
-            let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
-            let (x, filter) = (rounded(random(&[n, h, w, c], 1))?, rounded(random(&[o, k, k, c], 2))?);
+        let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
+        for (name, case @ [n, h, w, c, o, k, stride, padding]) in CASES.into_iter().chain(MANY_TILES) {
             let params = Conv2dParams::new(stride, padding);
-            let want = convolve(&x, &filter, stride, padding);
-            let x = x.to_dtype(dtype)?;
-            let got = ops::conv2d(&x, &filter, None, params)?.to_f32_vec()?;
-            let error = relative(&got, want.iter().copied());
-            tell(Check { name: format!("cpu {precision} conv {name}"), error, tolerance });
+            let (x, filter) = (rounded(random(&[n, h, w, c], 1))?.leaf(), rounded(random(&[o, k, k, c], 2))?.leaf());
+            let input = x.to_dtype(dtype)?.leaf();
+            let y = ops::conv2d(&input, &filter, None, params)?;
+            let dy = rounded(random(y.dims(), 3))?;
+            let sums = |len: usize| vec![0.0f64; len];
+            let (mut want, mut to_input, mut to_filter) = (sums(y.numel()), sums(x.numel()), sums(filter.numel()));
+            let [xs, filters, dys] = [&x, &filter, &dy].map(|tensor| tensor.as_slice::<f32>());
+            for_each_product(case, |y, x, w| {
+                want[y] += f64::from(xs[x]) * f64::from(filters[w]);
+                to_input[x] += f64::from(dys[y]) * f64::from(filters[w]);
+                to_filter[w] += f64::from(dys[y]) * f64::from(xs[x]);
+            });
+            let mut compare = |what: &str, tolerance: f64, got: &Tensor, want: &[f64]| -> Result<()> {
+                let error = relative(&got.to_f32_vec()?, want.iter().copied());
+                tell(Check { name: format!("cpu {precision} {what} {name}"), error, tolerance });
+                Ok(())
+            };
+            compare("conv", tolerance, &y, &want)?;
+            let gradients = y.backward_with(dy.to_dtype(dtype)?)?;
+            let missing = || Error::config("a convolution gave no gradient", "report this");
+            // They may be sums of more.
+            let wider = 2.0 * tolerance;
+            compare("gradient to the input,", wider, gradients.get(&input).ok_or_else(missing)?, &to_input)?;
+            compare("gradient to the filter,", wider, gradients.get(&filter).ok_or_else(missing)?, &to_filter)?;
             let fused = FusedConv2d::new(&filter, &vec![1.0; o], &vec![0.0; o], params, dtype)?;
-            let got = ops::fused_conv2d(&x, &fused, None, false)?.to_f32_vec()?;
-            let error = relative(&got, want.iter().copied());
-            tell(Check { name: format!("cpu {precision} fused conv {name}"), error, tolerance });
+            compare("fused conv", tolerance, &ops::fused_conv2d(&input.detach(), &fused, None, false)?, &want)?;
         }
     }
     Ok(())

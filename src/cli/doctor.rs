@@ -50,13 +50,13 @@ pub fn run(args: Doctor) -> Result<()> {
     }
     if !args.json {
         facts.iter().for_each(|(name, value)| report::line(&format!("{name:<14}{value}")));
-        report::line(&format!("\n{:<34} {:>10} {:>10}", "check", "error", "at most"));
+        report::line(&format!("\n{:<54} {:>10} {:>10}", "check", "error", "at most"));
     }
     let mut checks = Vec::new();
     let mut tell = |check: Check| {
         let mark = if check.passes() { "" } else { "   WRONG" };
         if !args.json {
-            report::line(&format!("{:<34} {:>10.1e} {:>10.0e}{mark}", check.name, check.error, check.tolerance));
+            report::line(&format!("{:<54} {:>10.1e} {:>10.0e}{mark}", check.name, check.error, check.tolerance));
         }
         checks.push(check);
     };
