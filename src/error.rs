@@ -82,6 +82,12 @@ pub enum Error {
         /// Pictures a step, where that is known.
         batch: Option<usize>,
     },
+    /// The system has no memory left for tensors: what a panic carries that ends in one line.
+    #[error("out of memory: {} MiB more are needed; give a smaller batch, smaller pictures, or --accumulate", needed >> 20)]
+    OutOfMemory {
+        /// Bytes of the request that failed.
+        needed: usize,
+    },
     /// The user asked to stop, and everything is saved.
     #[error("interrupted; go on with: hone train --resume {}", run.display())]
     Interrupted {

@@ -3,6 +3,10 @@
 mod common;
 
 use common::{PICTURES, bundled, text};
+use hone::data::Preprocess;
+use hone::data::demo::write_pictures;
+use hone::nn::ResNet18;
+use hone::train::model;
 use hone::weights::{Data, NamedTensor, WeightsFile, save};
 use serde_json::Value;
 use std::borrow::Cow;
@@ -221,6 +225,73 @@ fn a_class_of_unreadable_pictures_is_an_error() {
 }
 
 #[test]
+fn unreadable_validation_pictures_are_skipped_unless_all_are() {
+    let dir = TempDir::new().unwrap();
+    let data = dir.path().join("data");
+    write_pictures(&data, 4, 2, 64, 3).unwrap();
+    let damage = |class: &str| {
+        for entry in fs::read_dir(data.join("val").join(class)).unwrap() {
+            fs::write(entry.unwrap().path(), b"damaged").unwrap();
+        }
+    };
+    let run = |name: &str| dir.path().join(name);
+    damage("wood");
+    for cache in ["auto", "off"] {
+        let out = run(cache);
+        let args = ["train", text(&data), "--out", text(&out), "--image-size", "64", "--epochs", "1", "--json"];
+        let lines = ok(&[&args[..], &["--cache", cache]].concat());
+        assert_eq!(lines.last().unwrap()["skipped"].as_array().unwrap().len(), 2, "--cache {cache}");
+    }
+    ["bricks", "pebbles", "scales"].into_iter().for_each(damage);
+    let message = fails(&["train", text(&data), "--out", text(&run("none")), "--image-size", "64"], 1);
+    assert!(message.contains("none of the validation pictures"), "{message}");
+}
+
+#[test]
+fn a_network_that_the_last_update_has_spoilt_is_not_kept() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("run");
+    let fixed = ["--out", text(&out), "--image-size", "64", "--epochs", "1"];
+    let message =
+        fails(&[&["train", text(PICTURES.path()), "--optimizer", "sgd", "--lr", "1e38"][..], &fixed].concat(), 1);
+    assert!(message.contains("validation loss") && message.contains("--lr"), "{message}");
+    assert!(!out.join("model.safetensors").exists());
+    // Without validation pictures.
+    let data = dir.path().join("data");
+    for class in ["wood", "scales"] {
+        fs::create_dir_all(data.join(class)).unwrap();
+        let picture = PICTURES.path().join(format!("train/{class}/{class}-000.jpg"));
+        fs::copy(picture, data.join(class).join("a.jpg")).unwrap();
+    }
+    let other = dir.path().join("other");
+    let fixed = ["--out", text(&other), "--image-size", "64", "--epochs", "1"];
+    let message = fails(&[&["train", text(&data), "--lr", "1e300"][..], &fixed].concat(), 1);
+    assert!(message.contains("not finite"), "{message}");
+}
+
+#[test]
+fn a_part_of_a_step_too_small_for_statistics_is_refused_at_once() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("run");
+    let fixed = ["train", text(PICTURES.path()), "--out", text(&out), "--image-size", "32", "--train", "layer4"];
+    for extra in [&["--batch-size", "31"][..], &["--batch-size", "8", "--accumulate", "8"]] {
+        let message = fails(&[&fixed[..], extra].concat(), 1);
+        assert!(message.contains("--image-size 64") && !out.exists(), "{message}");
+    }
+    ok(&[&fixed[..], &["--batch-size", "30", "--epochs", "1", "--json"]].concat());
+}
+
+#[cfg(unix)]
+#[test]
+fn too_little_memory_is_one_line() {
+    let script = "ulimit -v 4000000; exec \"$0\" bench forward --batch 4096 --size 1024 --seconds 0.01 --threads 2";
+    let output = Command::new("bash").args(["-c", script, env!("CARGO_BIN_EXE_hone")]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("hone: out of memory") && !stderr.contains("panicked"), "{stderr}");
+}
+
+#[test]
 fn features_of_tensors_and_pictures() {
     let dir = TempDir::new().unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/forward_odd.safetensors");
@@ -270,6 +341,20 @@ fn wrong_input_is_one_line_that_names_it() {
     assert!(fails(&["eval", text(&bundled()), data], 1).contains("bricks"), "not among the 200 classes");
     assert!(fails(&["predict", text(&bundled()), "nothing.jpg"], 1).contains("nothing.jpg"));
     assert!(fails(&["inspect", data], 1).contains("folder"));
+    // A model whose metadata asks for pictures of no sane size.
+    let file = WeightsFile::open(&bundled()).unwrap();
+    let (network, classes) = (ResNet18::load(&file).unwrap(), (0..200).map(|i| i.to_string()).collect::<Vec<_>>());
+    let huge = dir.path().join("huge.safetensors");
+    let extra = [("image_size", "4294967295".to_string())];
+    model::save(&huge, &network.snapshot(), &classes, &Preprocess::imagenet(64), &extra).unwrap();
+    assert!(fails(&["predict", text(&huge), data], 1).contains("image_size"));
+    // Settings that are no settings.
+    let damaged = dir.path().join("damaged");
+    fs::create_dir(&damaged).unwrap();
+    for text_of in ["[]", "\"settings\"", "{}"] {
+        fs::write(damaged.join("config.json"), text_of).unwrap();
+        assert!(fails(&["train", "--resume", text(&damaged)], 1).contains("config.json"));
+    }
     // A file where the run folder should be.
     fs::write(dir.path().join("file"), b"").unwrap();
     assert!(fails(&["train", data, "--out", text(&dir.path().join("file"))], 1).contains("file"));
@@ -286,6 +371,8 @@ fn wrong_usage_exits_with_two() {
         &["train", "x", "--image-size", "31"],
         &["train", "x", "--threads", "0"],
         &["train", "x", "--bn", "maybe"],
+        &["train", "--resume", "x", "--epochs", "3"],
+        &["train", "--resume", "x", "--precision", "bf16"],
         &["polish"],
         &[],
     ] {
@@ -348,6 +435,6 @@ fn doctor_finds_every_kernel_right() {
         let output = command.arg("doctor").env("HONE_ISA", isa).output().unwrap();
         let lines = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{isa}: {lines}{}", String::from_utf8_lossy(&output.stderr));
-        assert!(lines.contains("cpu bf16 fused conv 3x3") && !lines.contains("WRONG"), "{isa}: {lines}");
+        assert!(lines.contains("cpu bf16 gradient to the filter, 3x3") && !lines.contains("WRONG"), "{isa}: {lines}");
     }
 }

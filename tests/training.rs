@@ -269,6 +269,34 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
 
 #[cfg(unix)]
 #[test]
+fn ctrl_c_ends_the_pass_before_the_first_epoch_too_and_the_run_goes_on_from_anywhere() {
+    let dir = TempDir::new().unwrap();
+    write_pictures(&dir.path().join("data"), 100, 2, 96, 5).unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    fs::copy(bundled(), &weights).unwrap();
+    let args = ["train", "data", "--weights", "weights.safetensors", "--image-size", "96", "--epochs", "2", "--out"];
+    let start = |out: &str| command(&[&args[..], &[out, "--json"]].concat()).current_dir(dir.path()).spawn().unwrap();
+    assert!(start("whole").wait_with_output().unwrap().status.success());
+    let mut child = start("run");
+    // The last note before the pictures are decoded is of the head.
+    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains("head") {
+        assert!(std::io::BufRead::read_line(&mut stderr, &mut said).unwrap() > 0, "{said}");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    std::io::Read::read_to_string(&mut stderr, &mut said).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("hone train --resume run") && output.stdout.is_empty(), "{said}");
+    // Everything but the pictures is in the run's folder.
+    fs::remove_file(weights).unwrap();
+    assert!(command(&["train", "--resume", text(&dir.path().join("run"))]).output().unwrap().status.success());
+    assert!(remains(&dir.path().join("run")) == remains(&dir.path().join("whole")));
+}
+
+#[cfg(unix)]
+#[test]
 fn when_the_disk_is_full_the_last_checkpoint_survives() {
     let dir = TempDir::new().unwrap();
     let run = dir.path().join("run");

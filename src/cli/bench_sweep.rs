@@ -30,6 +30,9 @@ struct Point {
 /// Measures both series, prints them, and draws them to `--plot`.
 pub fn run(args: &Bench, placement: Placement) -> Result<()> {
     // Not after a minute of measuring.
+    if let Some(path) = args.plot.as_deref().filter(|path| path.is_dir()) {
+        return Err(Error::file(path, "this is a folder", "give --plot a file in it"));
+    }
     if let Some(folder) = args.plot.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::read_dir(folder).map_err(Error::io("write to", folder))?;
     }

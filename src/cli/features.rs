@@ -60,7 +60,7 @@ fn add_tensor(model: &Model, path: &Path, all: &mut Features) -> Result<()> {
     for batch in values.chunks(BATCH * 3 * h * w) {
         all.add(model, &layout::from_channels_first(batch, &[batch.len() / (3 * h * w), 3, h, w])?)?;
     }
-    all.files.push(path.to_path_buf());
+    all.files.extend(std::iter::repeat_n(path.to_path_buf(), n));
     Ok(())
 }
 

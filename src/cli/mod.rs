@@ -13,6 +13,7 @@ mod train;
 mod using;
 
 use crate::error::{Error, Result};
+use crate::tensor::pool::or_out_of_memory;
 use args::{Args, Command};
 use clap::Parser;
 use std::process::ExitCode;
@@ -20,17 +21,7 @@ use std::process::ExitCode;
 /// Runs the program: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong command line, 130 after Ctrl-C.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    let result = set_threads(args.command.threads()).and_then(|()| match args.command {
-        Command::Train(args) => train::run(*args),
-        Command::Eval(args) => using::eval(args),
-        Command::Predict(args) => using::predict(args),
-        Command::Features(args) => features::run(args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Demo(args) => demo::run(args),
-        Command::Doctor(args) => doctor::run(args),
-    });
-    match result {
+    match or_out_of_memory(|| run(args.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report::error(&error);
@@ -39,6 +30,20 @@ pub fn main() -> ExitCode {
                 _ => ExitCode::FAILURE,
             }
         }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    set_threads(command.threads())?;
+    match command {
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => using::eval(args),
+        Command::Predict(args) => using::predict(args),
+        Command::Features(args) => features::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => doctor::run(args),
     }
 }
 

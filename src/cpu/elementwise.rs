@@ -52,15 +52,15 @@ pub fn sum_of_squares(x: &[f32]) -> f64 {
     parts.into_iter().sum()
 }
 
-/// `a = a * keep + b * (1 - keep)`.
-pub fn blend(a: &mut [f32], b: &[f32], keep: f32) {
-    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| blend_chunk(a, b, keep));
+/// `a = a * keep + b * factor`.
+pub fn blend(a: &mut [f32], b: &[f32], keep: f32, factor: f32) {
+    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| blend_chunk(a, b, keep, factor));
 }
 
 vectorised! {
-    fn blend_chunk(a: &mut [f32], b: &[f32], keep: f32) {
+    fn blend_chunk(a: &mut [f32], b: &[f32], keep: f32, factor: f32) {
         for (a, &b) in a.iter_mut().zip(b) {
-            *a = *a * keep + b * (1.0 - keep);
+            *a = *a * keep + b * factor;
         }
     }
 

@@ -11,13 +11,11 @@ use half::bf16;
 use rayon::prelude::*;
 
 /// A type of activations.
-pub trait Float: Element + Default + PartialOrd {
+pub trait Float: Element + Default {
     /// Values in a word.
     const PER_WORD: usize;
     /// Elements that a task works on where operations are bound by memory: a few such pieces fit L2, the widened ones L1.
     const CHUNK: usize;
-    /// Less than everything.
-    const NEG_INFINITY: Self;
 
     /// Rounded to the nearest.
     fn from_f32(x: f32) -> Self;
@@ -72,7 +70,6 @@ pub trait Float: Element + Default + PartialOrd {
 impl Float for f32 {
     const PER_WORD: usize = 1;
     const CHUNK: usize = 1 << 15;
-    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
 
     #[inline(always)]
     fn from_f32(x: f32) -> f32 {
@@ -131,7 +128,6 @@ impl Float for f32 {
 impl Float for bf16 {
     const PER_WORD: usize = 2;
     const CHUNK: usize = 1 << 13;
-    const NEG_INFINITY: bf16 = bf16::NEG_INFINITY;
 
     #[inline(always)]
     fn from_f32(x: f32) -> bf16 {

@@ -127,6 +127,7 @@ pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<
     let channels = scale.len();
     let chunk = chunk_of::<T>(channels);
     assert!(x.len() == y.len() && residual.is_none_or(|residual| residual.len() == y.len()), "as many values");
+    assert!(whole_rows(x, &[scale, shift]), "whole rows");
     y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (y, x))| {
         let residual = residual.map(|residual| &residual[i * chunk..][..y.len()]);
         by_columns(channels, Affine { x, scale, shift, residual, relu, y });
@@ -134,7 +135,7 @@ pub fn affine<T: Float>(x: &[T], scale: &[f32], shift: &[f32], residual: Option<
 }
 
 /// Whether there are vectors of channels, all of the same number, for whole rows of `x`.
-pub(super) fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
+pub(super) fn whole_rows<T>(x: &[T], vectors: &[&[f32]]) -> bool {
     let channels = vectors[0].len();
     vectors.iter().all(|vector| vector.len() == channels) && x.len().is_multiple_of(channels)
 }
@@ -142,6 +143,7 @@ pub(super) fn whole_rows<T>(x: &[T], vectors: [&[f32]; 3]) -> bool {
 /// For every channel the sum over rows; the gradient to a bias.
 pub fn column_sums<T: Float>(x: &[T], sums: &mut [f32]) {
     let channels = sums.len();
+    assert!(whole_rows(x, &[&*sums]), "whole rows");
     let chunk = chunk_of::<T>(channels);
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * channels);
     parts

@@ -88,6 +88,7 @@ pub fn parameter_gradients<T: Float>(
     let channels = mean.len();
     let chunk = chunk_of::<T>(channels);
     assert!(x.len() == dy.len() && gate.fits(dy.len(), channels), "as many values");
+    assert!(whole_rows(x, &[mean, rstd, &*dscale, &*dshift]), "whole rows");
     let mut parts = Scratch::<f32>::take(x.len().div_ceil(chunk) * 2 * channels);
     parts.par_chunks_mut(2 * channels).zip(x.par_chunks(chunk).zip(dy.par_chunks_mut(chunk))).enumerate().for_each(
         |(i, (part, (x, dy)))| {
@@ -109,7 +110,7 @@ pub fn parameter_gradients<T: Float>(
 pub fn backward_input<T: Float>(x: &[T], gate: Gate<T>, [a, b, c]: [&[f32]; 3], dy: Option<&[T]>, dx: &mut [T]) {
     let chunk = chunk_of::<T>(a.len());
     assert!(x.len() == dx.len() && dy.is_none_or(|dy| dy.len() == dx.len()), "as many values");
-    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, [a, b, c]), "as many values");
+    assert!(gate.fits(dx.len(), a.len()) && whole_rows(x, &[a, b, c]), "as many values");
     dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (dx, x))| {
         let (gate, dy) = (gate.rows(i * chunk, dx.len()), dy.map(|dy| &dy[i * chunk..][..dx.len()]));
         by_columns(a.len(), BackwardInput { x, gate, a, b, c, dy, dx });

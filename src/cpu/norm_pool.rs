@@ -64,7 +64,7 @@ impl<'a, T: Float> OfMaxima<'a, T> {
         let (image, row) = (row / shape.h, row % shape.h);
         // The place of each row of windows' first column, and its first window.
         let rows = shape.covering(row, oh).map(|(ky, oy)| (ky * shape.kernel, (image * oh + oy) * ow)).collect();
-        assert!(!matches!(gate, Gate::Outputs(_)) && gate.fits(dx.len(), shape.c) && whole_rows(x, abc));
+        assert!(!matches!(gate, Gate::Outputs(_)) && gate.fits(dx.len(), shape.c) && whole_rows(x, &abc));
         assert_eq!(abc[0].len(), shape.c, "vectors of channels");
         by_columns(shape.c, BackwardRow { x, gate, abc, dy, places, rows, columns, dx });
     }

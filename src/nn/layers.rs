@@ -197,7 +197,7 @@ impl ConvBn {
     }
 
     /// `relu(bn(conv(x)) + residual)`, the last two if asked for: one kernel where nothing needs a gradient and the
-    /// statistics are stored, separate operations otherwise.
+    /// statistics are stored, else one operation with the norm apart.
     pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, relu: bool, training: bool) -> Result<Tensor> {
         let inputs_need = x.requires_grad() || residual.is_some_and(Tensor::requires_grad);
         if !inputs_need && self.is_fixed(training) {

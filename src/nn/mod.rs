@@ -8,5 +8,5 @@ mod state;
 
 pub use layers::{BatchNorm2d, ConvBn, Linear};
 pub use parameter::Parameter;
-pub use resnet::{FEATURES, MIN_IMAGE_SIZE, ResNet18, Stage};
+pub use resnet::{FEATURES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ResNet18, Stage};
 pub use state::Snapshot;

@@ -1,6 +1,7 @@
 //! Named tensors that outlive a step: parameters and the running statistics.
 
 use crate::autograd::History;
+use crate::cpu::elementwise;
 use crate::cuda;
 use crate::error::Result;
 use crate::tensor::{Device, Shape, Storage, Tensor, TensorId};
@@ -108,11 +109,7 @@ impl Parameter {
     /// `value = value * keep + other * factor`, on the device that both are on.
     pub fn blend(&self, other: &Tensor, keep: f32, factor: f32) -> Result<()> {
         match other.device() {
-            Device::Cpu => self.update(|values| {
-                for (value, &other) in values.iter_mut().zip(other.as_slice::<f32>()) {
-                    *value = *value * keep + other * factor;
-                }
-            }),
+            Device::Cpu => self.update(|values| elementwise::blend(values, other.as_slice(), keep, factor)),
             Device::Cuda => {
                 cuda::norm::blend(&self.for_update_on_cuda()?, other, keep, factor)?;
                 self.touch();

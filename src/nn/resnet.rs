@@ -16,6 +16,8 @@ use std::sync::Arc;
 pub const FEATURES: usize = 512;
 /// The smallest image side: the network halves it five times.
 pub const MIN_IMAGE_SIZE: usize = 32;
+/// The largest image side that anybody means: a picture of 4096 pixels takes 2 GB.
+pub const MAX_IMAGE_SIZE: usize = 4096;
 
 /// Pictures that go through frozen stages together on the CPU, at most, on a thread of their own: many, so that many tiles share a
 /// transformed filter, but their activations and their transforms should stay in a thread's share of the last cache.
@@ -122,11 +124,6 @@ impl ResNet18 {
     /// Number of classes of the head.
     pub fn classes(&self) -> usize {
         self.head.bias.shape()[0]
-    }
-
-    /// Replaces the head by a new one with random values.
-    pub fn replace_head(&mut self, classes: usize, seed: u64) {
-        self.head = Linear::new("fc", FEATURES, classes, seed);
     }
 
     /// The fully connected layer.
@@ -348,6 +345,13 @@ impl ResNet18 {
     /// The batch norms of a stage.
     pub fn batch_norms(&self, stage: Stage) -> impl Iterator<Item = &BatchNorm2d> {
         self.convolutions(stage).into_iter().map(|conv| &conv.bn)
+    }
+
+    /// Whether all parameters are finite.
+    pub fn is_finite(&self) -> Result<bool> {
+        let parameters = || Stage::ALL.into_iter().flat_map(|stage| self.parameters(stage));
+        let is_finite = |p: Arc<Parameter>| Ok(p.tensor().to_f32_vec()?.iter().all(|value| value.is_finite()));
+        parameters().try_fold(true, |all, p| Ok(all && is_finite(p)?))
     }
 
     /// Trains the stages that `trained` accepts and freezes the others.

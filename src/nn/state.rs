@@ -2,7 +2,7 @@
 
 use super::parameter::Parameter;
 use super::resnet::{FEATURES, ResNet18, Stage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{Device, Tensor, layout};
 use crate::weights::{Data, Expected, Kind, NamedTensor, WeightsFile, check};
 use std::borrow::Cow;
@@ -57,7 +57,11 @@ impl ResNet18 {
 
     /// The network of `file`, with its head.
     pub fn load(file: &WeightsFile) -> Result<Self> {
-        let network = ResNet18::without_values(Self::classes_in(file).unwrap_or(1), 0);
+        let classes = Self::classes_in(file).unwrap_or(1);
+        if classes == 0 {
+            return Err(Error::file(file.path(), "fc.weight has no rows", "give a model of a class at least"));
+        }
+        let network = ResNet18::without_values(classes, 0);
         network.load_slots(file, &[])?;
         Ok(network)
     }

@@ -9,7 +9,7 @@
 mod backward;
 
 use super::pool::{max_pool2d, pool_shape};
-use super::{require_f32, require_float, require_one_device, require_vector};
+use super::{require_float, require_one_device, require_vector};
 use crate::autograd::record;
 use crate::cpu::pool::{PoolShape, signed_max_pool};
 use crate::cpu::{Float, norm, norm_pool};
@@ -99,7 +99,6 @@ pub(super) fn check(x: &Tensor, dims: &[usize], how: &Norm) -> Result<usize> {
         _ => return Err(Error::shape("batch_norm", "[..., C]", &[dims])),
     };
     for vector in [how.gamma, how.beta] {
-        require_f32("batch_norm", &[vector])?;
         require_vector("batch_norm", vector, channels)?;
     }
     require_one_device("batch_norm", &[x, how.gamma, how.beta])?;
@@ -124,7 +123,11 @@ pub(super) fn check_stored(x: &Tensor, [mean, variance]: [&Tensor; 2], channels:
 /// An error unless a channel has values enough for statistics: the variance of one says nothing.
 pub(super) fn check_count(count: usize, dims: &[usize]) -> Result<()> {
     if count < 2 {
-        return Err(Error::shape("batch_norm", "two values a channel at least, for batch statistics", &[dims]));
+        return Err(Error::shape(
+            "batch_norm",
+            "two values a channel at least for batch statistics (more pictures, or larger ones)",
+            &[dims],
+        ));
     }
     Ok(())
 }

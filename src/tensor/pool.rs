@@ -2,8 +2,10 @@
 //!
 //! A training step asks for the same sizes again and again. Blocks that are dropped go to a free list and are handed out
 //! again, so that after the first step nothing is allocated and no page is touched for the first time. Memory from the
-//! pool is initialised but holds whatever its last user left: kernels write every element of their output.
+//! pool is initialised but holds whatever its last user left: kernels write every element of their output. Where the system has
+//! no more of it, a panic carries [`Error::OutOfMemory`], which [`or_out_of_memory`] turns into an error.
 
+use crate::error::{Error, Result};
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use std::collections::BTreeMap;
@@ -42,7 +44,11 @@ impl Memory {
             pages.advise(memmap2::Advice::HugePage).ok();
             return Memory::Pages(pages);
         }
-        Memory::Lines(bytemuck::allocation::zeroed_vec(lines))
+        match bytemuck::allocation::try_zeroed_vec(lines) {
+            Ok(lines) => Memory::Lines(lines),
+            // Every operation asks for memory, and none could go on without.
+            Err(()) => std::panic::resume_unwind(Box::new(Error::OutOfMemory { needed: bytes })),
+        }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -128,6 +134,16 @@ impl Drop for Block {
             free[own].entry(size).or_default().push(memory);
         }
     }
+}
+
+/// What `body` returns, or the error if the system had no memory for its tensors.
+pub fn or_out_of_memory<R>(body: impl FnOnce() -> Result<R>) -> Result<R> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        match payload.downcast::<Error>() {
+            Ok(error) => Err(*error),
+            Err(payload) => std::panic::resume_unwind(payload),
+        }
+    })
 }
 
 /// Gives every free block back to the operating system: call it between phases whose sizes differ.

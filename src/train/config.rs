@@ -3,11 +3,11 @@
 use super::placement::Precision;
 use crate::data::Augment;
 use crate::error::{Error, Result};
-use crate::nn::{MIN_IMAGE_SIZE, ResNet18, Stage};
+use crate::nn::{MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ResNet18, Stage};
 use crate::optim::{Algorithm, ParamGroup, ScheduleKind};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Rate of the lower layers, in shares of the head's, unless something else is asked for.
 const BACKBONE_SHARE: f64 = 0.1;
@@ -232,15 +232,45 @@ impl TrainConfig {
         if let Some(rate) = rates.into_iter().find(|rate| !(rate.is_finite() && *rate > 0.0)) {
             return Err(Error::config(format!("a learning rate of {rate}"), "give a positive rate, such as 1e-3"));
         }
-        if (self.image_size as usize) < MIN_IMAGE_SIZE {
+        if !(MIN_IMAGE_SIZE..=MAX_IMAGE_SIZE).contains(&(self.image_size as usize)) {
             let problem = format!("an image size of {} pixels", self.image_size);
-            return Err(Error::config(problem, format!("the network needs {MIN_IMAGE_SIZE} pixels at least")));
+            return Err(Error::config(problem, format!("give {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels")));
         }
         if self.unfreeze_after > 0 && self.train == Depth::Head {
             let hint = "give --train layer4 or lower as well";
             return Err(Error::config("--unfreeze-after has nothing to unfreeze", hint));
         }
         Ok(())
+    }
+
+    /// An error if a part of a step over so many pictures has one value a channel, of which there are no statistics: the last layer has a
+    /// pixel for each 32 of the picture's.
+    pub(super) fn check_parts(&self, pictures: usize) -> Result<()> {
+        let takes_statistics = self.train != Depth::Head || self.bn == BnMode::Batch;
+        if !takes_statistics || self.image_size as usize > MIN_IMAGE_SIZE {
+            return Ok(());
+        }
+        let steps = [self.batch_size.min(pictures), pictures % self.batch_size];
+        for pictures in steps.into_iter().filter(|pictures| *pictures > 0) {
+            let part = pictures.div_ceil(self.accumulate);
+            if part == 1 || pictures % part == 1 {
+                let problem =
+                    format!("batch norms would see one picture of {} pixels, of a step's {pictures}", self.image_size);
+                let hint = "give --image-size 64, or another --batch-size or --accumulate, for two at least";
+                return Err(Error::config(problem, hint));
+            }
+        }
+        Ok(())
+    }
+
+    /// The same from whatever folder it is read.
+    pub(super) fn with_absolute_paths(&self) -> Self {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        let weights = match &self.weights {
+            Weights::File(path) => Weights::File(absolute(path)),
+            Weights::Random => Weights::Random,
+        };
+        TrainConfig { data: absolute(&self.data), weights, ..self.clone() }
     }
 
     /// The lowest stage that is trained in an epoch, counted from 1.

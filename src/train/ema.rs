@@ -40,7 +40,7 @@ impl Ema {
             if !value.shares_memory(average) {
                 let old = std::mem::replace(average, Tensor::zeros([0]));
                 *average = match old.device() {
-                    Device::Cpu => old.map_in_place(|a| blend(a, value.as_slice(), decay)),
+                    Device::Cpu => old.map_in_place(|a| blend(a, value.as_slice(), decay, 1.0 - decay)),
                     Device::Cuda => {
                         // An average that a snapshot shares stays as it is.
                         let own = if old.is_unique() { old } else { old.duplicate_on_cuda()? };

@@ -136,7 +136,7 @@ pub struct Features {
     pub features: Vec<f32>,
     /// `[N, classes]`.
     pub logits: Vec<f32>,
-    /// The pictures, N of them.
+    /// Where each of the N comes from.
     pub files: Vec<PathBuf>,
 }
 

@@ -1,28 +1,28 @@
 //! A run: data, network, optimiser, epochs, files; from the start or from a checkpoint.
 
-use super::checkpoint::{self, Checkpoint, Fingerprint, Partial, Progress};
-use super::config::{Balance, BnMode, TrainConfig, Weights};
+use super::checkpoint::{self, Checkpoint, Partial, Progress};
+use super::config::{Balance, BnMode, TrainConfig};
 use super::ema::Ema;
-use super::inputs::Split;
+use super::inputs::{Part, Split};
 use super::metrics::{Confusion, Tally};
-use super::model::{classes, preprocess};
 use super::placement::Placement;
 use super::record::{Record, is_better};
 use super::run_folder::{RunFolder, read_config};
+use super::start::{balanced_weights, fingerprint, load};
 use super::step::{Diverged, Place, Trainer};
+use super::stop::Stop;
 use super::{Epoch, Observer, Outcome};
 use crate::autograd::no_grad;
-use crate::data::{Augment, Dataset, Preprocess, generator};
+use crate::data::{Augment, Dataset, Preprocess, Sample, generator};
 use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
 use crate::ops::{CrossEntropy, cross_entropy};
 use crate::optim::{Optimizer, Schedule};
-use crate::tensor::{Device, Tensor};
-use crate::weights::WeightsFile;
+use crate::tensor::Device;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// How a run is steered from outside.
@@ -46,8 +46,11 @@ impl Default for Control<'_> {
 /// Trains as `config` says and leaves everything in `out`.
 pub fn fit(config: &TrainConfig, out: &Path, control: Control, observer: &mut dyn Observer) -> Result<Outcome> {
     let start = Instant::now();
-    let (run, classes, preprocess) = Run::new(config, control.device, observer)?;
-    let folder = RunFolder::create(out, config, &classes, &preprocess)?;
+    let stop = Stop::new(control.stop, out);
+    let (mut run, preprocess) = Run::new(config, control.device, stop, observer, load)?;
+    // It may go on from elsewhere.
+    run.record.config = config.with_absolute_paths();
+    let folder = RunFolder::create(out, &run.record.config, &run.record.data.classes, &preprocess)?;
     run.train(folder, start, control, observer)
 }
 
@@ -59,101 +62,71 @@ pub fn resume(folder: &Path, control: Control, observer: &mut dyn Observer) -> R
         true => Some(Checkpoint::open(&path)?),
         false => None,
     };
-    let config = match &saved {
-        Some(saved) => saved.config.clone(),
-        None => read_config(folder)?,
-    };
     if let Some(saved) = saved.as_ref().filter(|saved| saved.progress.finished) {
         observer.note(&format!("{}: the run is complete", folder.display()));
         return saved.progress.outcome(&saved.data.classes, folder.join("model.safetensors"), start);
     }
-    let (mut run, classes, preprocess) = Run::new(&config, control.device, observer)?;
-    match saved {
-        None => observer.note("no checkpoint yet, the run begins anew"),
-        Some(saved) => {
-            if saved.data != run.record.data {
-                let problem = "the pictures are not those that the run began with";
-                return Err(Error::data(&config.data, problem, "restore them, or start a new run"));
-            }
-            saved.restore(&run.trainer.network, &mut run.trainer.optimizer, run.trainer.ema.as_mut())?;
-            let batch = saved.progress.batch;
-            observer.note(&format!("goes on at epoch {}, batch {}", saved.progress.history.len() + 1, batch + 1));
-            run.record.progress = saved.progress;
-        }
+    let (config, preprocess) = read_config(folder)?;
+    let stop = Stop::new(control.stop, folder);
+    let Some(saved) = saved else {
+        observer.note("no checkpoint yet, the run begins anew");
+        let (run, preprocess) = Run::new(&config, control.device, stop, observer, load)?;
+        let folder = RunFolder::reopen(folder, &run.record.data.classes, &preprocess);
+        return run.train(folder, start, control, observer);
+    };
+    // All values come from the checkpoint: the file of weights that the run began with is not needed any more.
+    let network = |config: &TrainConfig, names: &[String], _: &mut dyn Observer| {
+        Ok((ResNet18::without_values(names.len(), config.seed), preprocess))
+    };
+    let (mut run, preprocess) = Run::new(&saved.config, control.device, stop, observer, network)?;
+    if saved.data != run.record.data {
+        let problem = "the pictures are not those that the run began with";
+        return Err(Error::data(&config.data, problem, "restore them, or start a new run"));
     }
-    run.train(RunFolder::reopen(folder, &classes, &preprocess), start, control, observer)
+    saved.restore(&run.trainer.network, &mut run.trainer.optimizer, run.trainer.ema.as_mut())?;
+    let batch = saved.progress.batch;
+    observer.note(&format!("goes on at epoch {}, batch {}", saved.progress.history.len() + 1, batch + 1));
+    run.record.progress = saved.progress;
+    let folder = RunFolder::reopen(folder, &run.record.data.classes, &preprocess);
+    run.train(folder, start, control, observer)
 }
 
-/// The network with a head for `names`, and the preprocessing that its file and the settings ask for.
-fn load(config: &TrainConfig, names: &[String], observer: &mut dyn Observer) -> Result<(ResNet18, Preprocess)> {
-    let mut result = Preprocess { exif: config.exif, ..Preprocess::imagenet(config.image_size) };
-    let path = match &config.weights {
-        Weights::Random => {
-            observer.note("random weights: the backbone is untrained");
-            return Ok((ResNet18::new(names.len(), config.seed), result));
-        }
-        Weights::File(path) => path,
-    };
-    let file = WeightsFile::open(path)?;
-    let stored = preprocess(&file)?;
-    (result.mean, result.std) = (stored.mean, stored.std);
-    // A head is kept only if it is for these very classes: a run goes on from an earlier one.
-    let same = classes(&file)?.is_some_and(|stored| stored == names);
-    if same && ResNet18::classes_in(&file) == Some(names.len()) {
-        observer.note(&format!("{}: kept its head, which is for the same classes", path.display()));
-        return Ok((ResNet18::load(&file)?, result));
-    }
-    let network = ResNet18::load_backbone(&file, names.len(), config.seed)?;
-    let old = match ResNet18::classes_in(&file) {
-        Some(found) => format!("fc for {found} classes replaced by a"),
-        None => "no usable fc in it, a".to_string(),
-    };
-    observer.note(&format!("{}: {old} new head for {}", path.display(), names.len()));
-    Ok((network, result))
-}
-
-/// Labels and names of the pictures, by FNV-1a.
-fn fingerprint(dataset: &Dataset) -> Fingerprint {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut add = |bytes: &[u8]| {
-        bytes.iter().for_each(|&b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    };
-    for sample in dataset.train.iter().chain(&dataset.val) {
-        add(&sample.label.to_le_bytes());
-        add(sample.path.file_name().unwrap_or_default().as_encoded_bytes());
-    }
-    add(&dataset.train.len().to_le_bytes());
-    Fingerprint { classes: dataset.classes.clone(), hash: format!("{hash:016x}") }
-}
-
-struct Run {
+struct Run<'a> {
     record: Record,
     trainer: Trainer,
-    train: Split,
-    val: Split,
+    train: Split<'a>,
+    val: Split<'a>,
+    stop: Stop<'a>,
     schedule: Schedule,
     /// The stage from which the caches are made; none before the first.
     cut: Option<Stage>,
 }
 
-impl Run {
+impl<'a> Run<'a> {
+    /// `load` gives the network for classes of these names, and the preprocessing.
     fn new(
         config: &TrainConfig,
         device: Device,
+        stop: Stop<'a>,
         observer: &mut dyn Observer,
-    ) -> Result<(Self, Vec<String>, Preprocess)> {
+        load: impl FnOnce(&TrainConfig, &[String], &mut dyn Observer) -> Result<(ResNet18, Preprocess)>,
+    ) -> Result<(Self, Preprocess)> {
         config.check()?;
         let placement = Placement::new(device, config.precision)?;
         let dataset = Dataset::open(&config.data, config.val_split, config.seed)?;
         dataset.warnings.iter().for_each(|line| observer.note(line));
         let (classes, train, val) = (dataset.classes.len(), dataset.train.len(), dataset.val.len());
         observer.note(&format!("{classes} classes, {train} training and {val} validation pictures"));
+        config.check_parts(train)?;
         let (network, preprocess) = load(config, &dataset.classes, observer)?;
         placement.move_network(&network)?;
         let steps_per_epoch = train.div_ceil(config.batch_size);
         let data = fingerprint(&dataset);
-        let train = Split::new("training pictures", dataset.train, &preprocess, config.augment, config.seed, placement);
-        let val = Split::new("validation pictures", dataset.val, &preprocess, Augment::None, config.seed, placement);
+        let split = |part: Part, samples: Vec<Sample>, augment: Augment| {
+            Split::new(part, samples, &preprocess, augment, config.seed, placement, stop.clone())
+        };
+        let train = split(Part::Training, dataset.train, config.augment);
+        let val = split(Part::Validation, dataset.val, Augment::None);
         let criterion = CrossEntropy {
             label_smoothing: config.label_smoothing,
             class_weights: match config.class_weights {
@@ -168,6 +141,7 @@ impl Run {
             trainer: Trainer::new(network, optimizer, ema, criterion, placement),
             train,
             val,
+            stop,
             schedule: Schedule {
                 kind: config.schedule_kind(steps_per_epoch),
                 warm_up: (config.warmup_epochs * steps_per_epoch as f64).round() as usize,
@@ -176,7 +150,7 @@ impl Run {
             record: Record { config: config.clone(), data, progress: Progress::default() },
             cut: None,
         };
-        Ok((run, dataset.classes, preprocess))
+        Ok((run, preprocess))
     }
 
     fn train(
@@ -186,14 +160,26 @@ impl Run {
         control: Control,
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
+        let ended = self.train_epochs(&mut folder, control, observer);
+        if let Err(Error::Interrupted { .. }) = ended {
+            self.record.write(&mut folder, &self.trainer)?;
+        }
+        ended?;
+        self.record.progress.finished = true;
+        self.record.write(&mut folder, &self.trainer)?;
+        self.record.progress.outcome(&self.record.data.classes, folder.model(), start)
+    }
+
+    fn train_epochs(&mut self, folder: &mut RunFolder, control: Control, observer: &mut dyn Observer) -> Result<()> {
         while !self.record.is_over(observer) {
             let number = self.record.progress.history.len() + 1;
             self.set_cut(number, observer)?;
             let began = Instant::now();
             let earlier = self.record.progress.partial.seconds;
-            let tally = self.train_epoch(&mut folder, number, began, control, observer)?;
+            let tally = self.train_epoch(folder, number, began, control, observer)?;
             let trained = began.elapsed().as_secs_f64() + earlier;
             let (val, confusion) = self.validate(observer)?;
+            self.check_finite(folder, number, &val)?;
             let epoch = Epoch {
                 epoch: number,
                 epochs: self.record.config.epochs,
@@ -204,12 +190,20 @@ impl Run {
                 images_per_second: tally.count as f64 / trained,
                 seconds: began.elapsed().as_secs_f64() + earlier,
             };
-            self.finish_epoch(&mut folder, epoch, confusion, control)?;
+            self.finish_epoch(folder, epoch, confusion, control)?;
             observer.epoch(&epoch);
         }
-        self.record.progress.finished = true;
-        self.record.write(&mut folder, &self.trainer)?;
-        self.record.progress.outcome(&self.record.data.classes, folder.model(), start)
+        Ok(())
+    }
+
+    /// An error if the last update has left a network that is of no use: no later step would tell.
+    fn check_finite(&self, folder: &mut RunFolder, number: usize, val: &Tally) -> Result<()> {
+        let problem = match val.mean_loss() {
+            Some(loss) if !loss.is_finite() => format!("the validation loss is {loss} after epoch {number}"),
+            None if !self.trainer.network.is_finite()? => format!("the network is not finite after epoch {number}"),
+            _ => return Ok(()),
+        };
+        Err(self.record.diverged(folder, format!("{problem} with a rate of {:e}", self.record.config.lr)))
     }
 
     /// Freezes and caches for an epoch, if that is not as it was.
@@ -263,7 +257,7 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
         let order = self.order(number);
-        let Run { record, trainer, train, schedule, .. } = self;
+        let Run { record, trainer, train, schedule, stop, .. } = self;
         let batch_size = record.config.batch_size;
         let steps = order.len().div_ceil(batch_size);
         let earlier = record.progress.partial;
@@ -277,17 +271,18 @@ impl Run {
                 trainer.step(&record.config, input, &labels, place)?;
             }
             record.progress.batch += 1;
-            let stop = control.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+            let go_on = stop.check();
             let over = record.progress.batch >= steps;
-            let write = stop || (folder.is_due(control.write_every) && !over);
-            if let Some(Diverged { place, loss }) = trainer.settle(&mut tally, write || over)? {
-                return Err(record.diverged(folder, loss, &place));
+            let write = folder.is_due(control.write_every) && !over;
+            if let Some(Diverged { place, loss }) = trainer.settle(&mut tally, write || over || go_on.is_err())? {
+                let rate = record.config.lr * place.factor;
+                let [step, batch] = [place.step + 1, place.batch + 1];
+                let place = format!("step {step} (epoch {number}, batch {batch})");
+                return Err(record.diverged(folder, format!("the loss is {loss} at {place} with a rate of {rate:e}")));
             }
             record.progress.partial = Partial::new(&tally, earlier.seconds + began.elapsed().as_secs_f64());
-            if write {
-                record.write(folder, trainer)?;
-            }
-            if stop { Err(Error::Interrupted { run: folder.path().to_path_buf() }) } else { Ok(()) }
+            go_on?;
+            if write { record.write(folder, trainer) } else { Ok(()) }
         })?;
         Ok(tally)
     }
@@ -299,10 +294,11 @@ impl Run {
         if let Some(ema) = &mut self.trainer.ema {
             ema.swap()?;
         }
-        let (network, placement) = (&self.trainer.network, self.trainer.placement);
+        let (network, placement, stop) = (&self.trainer.network, self.trainer.placement, &self.stop);
         let order: Vec<usize> = (0..self.val.len()).collect();
         let result =
             self.val.for_each_batch(&order, self.record.config.batch_size, 0, observer, "validation", |given| {
+                stop.check()?;
                 let Some((input, labels)) = given else { return Ok(()) };
                 let x = placement.place(&input.tensor)?;
                 let logits = no_grad(|| network.suffix(&x, input.stage, false))?;
@@ -355,13 +351,4 @@ impl Run {
             Ok(())
         }
     }
-}
-
-/// scikit-learn's "balanced": pictures over classes times the pictures of the class.
-fn balanced_weights(labels: impl Iterator<Item = usize>, classes: usize) -> Result<Tensor> {
-    let mut counts = vec![0usize; classes];
-    labels.for_each(|label| counts[label] += 1);
-    let total: usize = counts.iter().sum();
-    let weights: Vec<f32> = counts.iter().map(|&n| total as f32 / (classes * n.max(1)) as f32).collect();
-    Tensor::from_slice(&weights, [classes])
 }

@@ -3,6 +3,7 @@
 use super::Observer;
 use super::config::{BnMode, CacheMode, TrainConfig};
 use super::placement::Placement;
+use super::stop::Stop;
 use crate::autograd::no_grad;
 use crate::cuda;
 use crate::data::{Augment, Pixels, Preprocess, Sample, decode, generator, ordered_parallel};
@@ -93,8 +94,28 @@ pub struct Input {
     pub tensor: Tensor,
 }
 
+/// What pictures are for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// To learn from; every class needs one.
+    Training,
+    /// To see how good that is.
+    Validation,
+}
+
+impl Part {
+    /// For messages.
+    fn name(self) -> &'static str {
+        match self {
+            Part::Training => "training pictures",
+            Part::Validation => "validation pictures",
+        }
+    }
+}
+
 /// Training or validation pictures.
-pub(super) struct Split {
+pub(super) struct Split<'a> {
+    part: Part,
     samples: Arc<[Sample]>,
     preprocess: Preprocess,
     augment: Augment,
@@ -105,23 +126,25 @@ pub(super) struct Split {
     bad: Vec<bool>,
     /// Those, with the reason.
     pub skipped: Vec<Skipped>,
-    /// "training pictures", for messages.
-    name: &'static str,
+    /// Looked at while pictures are decoded.
+    stop: Stop<'a>,
 }
 
-impl Split {
+impl<'a> Split<'a> {
     pub fn new(
-        name: &'static str,
+        part: Part,
         samples: Vec<Sample>,
         preprocess: &Preprocess,
         augment: Augment,
         seed: u64,
         placement: Placement,
+        stop: Stop<'a>,
     ) -> Self {
         // What is mixed on the CPU goes to the card after that.
         let placement = if augment == Augment::Strong { Placement::default() } else { placement };
         let (bad, preprocess) = (vec![false; samples.len()], preprocess.clone());
         Split {
+            part,
             samples: samples.into(),
             preprocess,
             augment,
@@ -130,7 +153,7 @@ impl Split {
             source: Source::Files,
             bad,
             skipped: Vec::new(),
-            name,
+            stop,
         }
     }
 
@@ -206,7 +229,7 @@ impl Split {
             Ok(())
         })?;
         self.source = Source::Activations { stage, dims, values };
-        self.check_classes()
+        Ok(())
     }
 
     /// Decodes everything at full size; gives up, and keeps nothing, once the budget is spent.
@@ -220,6 +243,7 @@ impl Split {
         let mut originals = vec![None; self.len()];
         let (mut used, mut done) = (0, 0);
         for decoded in batches((0..self.len()).collect(), batch, move |i| decode(&samples[i].path, exif)) {
+            self.stop.check()?;
             done += decoded.len();
             for (i, picture) in self.keep_readable(decoded, observer) {
                 used += picture.data.len();
@@ -228,11 +252,11 @@ impl Split {
             if used > *budget {
                 return Ok("nothing");
             }
-            observer.progress(self.name, done, self.samples.len());
+            observer.progress(self.part.name(), done, self.samples.len());
         }
         *budget -= used;
         self.source = Source::Originals(Arc::new(originals));
-        self.check_classes()?;
+        self.check_readable()?;
         Ok("decoded pictures")
     }
 
@@ -246,15 +270,16 @@ impl Split {
         let mut done = 0;
         let order = (0..self.len()).collect();
         for decoded in decode_batches(self.samples.clone(), order, &self.preprocess, batch) {
+            self.stop.check()?;
             done += decoded.len();
             let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
             let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
             if !indices.is_empty() {
                 body(&indices, &pictures, &self.preprocess)?;
             }
-            observer.progress(self.name, done, self.len());
+            observer.progress(self.part.name(), done, self.len());
         }
-        self.check_classes()
+        self.check_readable()
     }
 
     /// Leaves out what could not be decoded, and reports it the first time.
@@ -275,20 +300,24 @@ impl Split {
         good
     }
 
-    /// An error if all the pictures of a class are known to be unreadable. Call it after a full pass.
-    fn check_classes(&self) -> Result<()> {
+    /// An error if all pictures are known to be unreadable, for training those of a class. Call it after a full pass.
+    fn check_readable(&self) -> Result<()> {
         let mut readable = std::collections::BTreeMap::<usize, (usize, &Sample)>::new();
         for (sample, &bad) in self.samples.iter().zip(&self.bad) {
             readable.entry(sample.label).or_insert((0, sample)).0 += usize::from(!bad);
         }
-        match readable.values().find(|(count, _)| *count == 0) {
-            Some((_, sample)) => {
-                let folder = sample.path.parent().unwrap_or(&sample.path);
-                let problem = format!("none of the {} in it can be read", self.name);
-                Err(Error::data(folder, problem, "replace the damaged files or remove the class"))
-            }
-            None => Ok(()),
-        }
+        let mut missing = readable.values().filter(|(count, _)| *count == 0);
+        let sample = match self.part {
+            Part::Validation if missing.clone().count() < readable.len() => None,
+            _ => missing.next().map(|(_, sample)| sample),
+        };
+        let Some(sample) = sample else { return Ok(()) };
+        let folder = sample.path.parent().unwrap_or(&sample.path);
+        let (problem, hint) = match self.part {
+            Part::Training => ("none of the training pictures in it can be read", "remove the class"),
+            Part::Validation => ("none of the validation pictures can be read", "remove them to hold out others"),
+        };
+        Err(Error::data(folder, problem, format!("replace the damaged files or {hint}")))
     }
 
     /// What decodes picture `i` as `epoch` sees it, for sources that need work in every epoch.
@@ -337,7 +366,7 @@ impl Split {
                 body(self.batch(&indices, || Ok(Input { stage: Stage::Stem, tensor: tensor()? }))?)?;
                 observer.progress(phase, done, total);
             }
-            return self.check_classes();
+            return self.check_readable();
         }
         for chunk in order.chunks(batch) {
             done += chunk.len();

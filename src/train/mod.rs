@@ -14,7 +14,9 @@ pub mod model;
 mod placement;
 mod record;
 mod run_folder;
+mod start;
 mod step;
+mod stop;
 
 pub use config::{Balance, BnMode, CacheMode, Depth, OptimizerKind, ScheduleName, TrainConfig, Weights};
 pub use evaluate::{Evaluation, Features, Prediction, evaluate, features_of, predict};

@@ -3,7 +3,7 @@
 use super::placement::Placement;
 use crate::data::Preprocess;
 use crate::error::{Error, Result};
-use crate::nn::{MIN_IMAGE_SIZE, ResNet18, Snapshot};
+use crate::nn::{MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ResNet18, Snapshot};
 use crate::weights::{self, WeightsFile};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -58,8 +58,8 @@ pub fn preprocess(file: &WeightsFile) -> Result<Preprocess> {
     preprocess.mean = parse(file, "mean")?.unwrap_or(preprocess.mean);
     preprocess.std = parse(file, "std")?.unwrap_or(preprocess.std);
     preprocess.exif = parse(file, "exif")?.unwrap_or(false);
-    let usable = preprocess.crop >= MIN_IMAGE_SIZE as u32
-        && preprocess.resize >= 1
+    let usable = (MIN_IMAGE_SIZE..=MAX_IMAGE_SIZE).contains(&(preprocess.crop as usize))
+        && (1..=2 * MAX_IMAGE_SIZE).contains(&(preprocess.resize as usize))
         && preprocess.mean.iter().all(|m| m.is_finite())
         && preprocess.std.iter().all(|s| s.is_finite() && *s > 0.0);
     if !usable {

@@ -3,7 +3,7 @@
 use super::checkpoint::{self, Fingerprint, Progress};
 use super::config::TrainConfig;
 use super::run_folder::RunFolder;
-use super::step::{Place, Trainer};
+use super::step::Trainer;
 use super::{Epoch, Observer, Outcome};
 use crate::error::{Error, Result};
 use std::path::PathBuf;
@@ -60,15 +60,8 @@ impl Record {
         })
     }
 
-    /// The error for a loss that is no number. What finished epochs have left is written first.
-    pub fn diverged(&self, folder: &mut RunFolder, loss: f32, place: &Place) -> Error {
-        let rate = self.config.lr * place.factor;
-        let problem = format!(
-            "the loss is {loss} at step {} (epoch {}, batch {}) with a rate of {rate:e}",
-            place.step + 1,
-            place.epoch,
-            place.batch + 1
-        );
+    /// The error for numbers that are none any more. What finished epochs have left is written first.
+    pub fn diverged(&self, folder: &mut RunFolder, problem: String) -> Error {
         let saved = self.progress.best.is_some() && folder.flush(&self.progress.history, |_| Ok(())).is_ok();
         let last = folder.path().join("last.safetensors");
         let good = match saved {

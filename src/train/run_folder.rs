@@ -7,6 +7,7 @@ use crate::data::Preprocess;
 use crate::error::{Error, Result};
 use crate::nn::Snapshot;
 use crate::weights::{remove_partial, write_atomically};
+use serde::Deserialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -33,14 +34,21 @@ pub fn default(data: &Path, today: &str) -> PathBuf {
     (1..).map(numbered).find(|path| !path.exists()).expect("some number is free")
 }
 
-/// Settings of the run in `path`, as its config.json has them.
-pub fn read_config(path: &Path) -> Result<TrainConfig> {
+/// What config.json says of a run.
+#[derive(Deserialize)]
+struct Config {
+    settings: TrainConfig,
+    preprocess: Preprocess,
+}
+
+/// Settings and preprocessing of the run in `path`, as its config.json has them.
+pub fn read_config(path: &Path) -> Result<(TrainConfig, Preprocess)> {
     let file = path.join("config.json");
     let text = std::fs::read_to_string(&file).map_err(Error::io("read", &file))?;
-    let settings = serde_json::from_str::<serde_json::Value>(&text).map(|mut value| value["settings"].take());
-    settings.and_then(serde_json::from_value).map_err(|e| {
+    let Config { settings, preprocess } = serde_json::from_str(&text).map_err(|e| {
         Error::file(&file, format!("not the settings of a run of this version of hone ({e})"), "start the run anew")
-    })
+    })?;
+    Ok((settings, preprocess))
 }
 
 impl RunFolder {

@@ -183,7 +183,8 @@ mod hardware {
 
     impl Tiles for Amx {
         fn new() -> Self {
-            // SAFETY: values are made where `is_available` or an `Isa` that depends on it has said that AMX is there.
+            assert!(may_be_used(), "there is no AMX here");
+            // SAFETY: the machine has the instructions, and the process its permission.
             unsafe {
                 asm!("ldtilecfg [{}]", in(reg) &CONFIGURATION, options(nostack, readonly, preserves_flags));
             }
@@ -278,7 +279,12 @@ mod hardware {
 
     pub fn is_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
-        *AVAILABLE.get_or_init(|| has_instructions() && is_permitted() && computes_rightly())
+        *AVAILABLE.get_or_init(|| may_be_used() && computes_rightly())
+    }
+
+    fn may_be_used() -> bool {
+        static MAY_BE: OnceLock<bool> = OnceLock::new();
+        *MAY_BE.get_or_init(|| has_instructions() && is_permitted())
     }
 
     fn has_instructions() -> bool {

@@ -10,11 +10,6 @@ use super::super::simd::Simd;
 use super::amx::TILE;
 use super::planes::NONE;
 
-/// The sums of a block.
-#[derive(Default)]
-#[repr(align(64))]
-pub(super) struct Sums(pub(super) [[f32; TILE]; TILE]);
-
 /// What becomes of sums: a copy, which no result that is stored can have changed.
 #[derive(Clone, Copy)]
 pub(super) struct Results<'a, T> {

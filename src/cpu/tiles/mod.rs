@@ -43,6 +43,11 @@ fn slices(parts: &mut Parts) -> Vec<&mut [bf16]> {
     parts.iter_mut().map(|part| &mut part[..]).collect()
 }
 
+/// The sums of a block.
+#[derive(Default)]
+#[repr(align(64))]
+struct Sums([[f32; TILE]; TILE]);
+
 /// Columns, and rows, of one tile of two.
 const HALF: usize = TILE / 2;
 /// Values of the right side that a step takes, of each part.

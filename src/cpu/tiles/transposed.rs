@@ -24,11 +24,11 @@ use super::super::parallel::piece;
 use super::super::simd::{Isa, Simd, Task, dispatch};
 use super::amx::{Again, STEP, TILE, Tiles};
 use super::planes::{AHEAD, Arrangement, NONE, Part, copy_step, merged_pixel};
-use super::{HALF, Parts, blocks, parts_of, slices};
+use super::{HALF, Parts, Sums, blocks, parts_of, slices};
 use crate::tensor::pool::Scratch;
 use half::bf16;
 use pairs::{in_order, pair, zeros};
-use places::{Block, Places, Unfinished};
+use places::{Places, Unfinished};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -200,7 +200,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
         let right: Vec<_> = (0..taps).map(right).collect();
         let mut tiles = U::new();
         // While a block is multiplied, the sums of the one before it are put in their places, some rows at each step.
-        let mut block = Block::default();
+        let mut block = Sums::default();
         let (steps, mut unfinished) = (arrangement.steps_of_tap(), Unfinished::default());
         let fewest = right.iter().map(|(_, steps)| steps.len()).min().unwrap_or(0);
         let rows = TILE.div_ceil(fewest.max(1));

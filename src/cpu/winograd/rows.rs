@@ -229,6 +229,7 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
 
     /// Some rows of an image.
     fn of_rows(x: &'a [T], shape: &'a ConvShape, image: usize, rows: Range<usize>) -> Self {
+        assert!(shape.c <= MAX_CHANNELS, "room for the channels");
         let output @ [_, ow] = shape.output();
         let across = ow.div_ceil(row_axis::<W>().outputs);
         Seen { x, shape, image, rows, output, across, products: PhantomData }

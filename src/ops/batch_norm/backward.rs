@@ -124,7 +124,7 @@ impl Saved {
             }
         }
         let residual = needs.get(3).map(|&needed| needed.then(|| dy.clone()));
-        let coefficients = input_coefficients(gamma, mean, &rstd, &dgamma, &dbeta, self.count);
+        let coefficients = input_coefficients(&scale, mean, &rstd, &dgamma, &dbeta, self.count);
         let vector = |values: Vec<f32>| Tensor::from_slice(&values, [channels]);
         Ok(Gradients {
             gamma: needs[1].then(|| vector(dgamma)).transpose()?,
@@ -167,21 +167,20 @@ impl Saved {
     }
 }
 
-/// `a`, `b`, `c` of `dx = a * g + b * x + c`, the gradient above with its terms collected.
+/// `a`, `b`, `c` of `dx = a * g + b * x + c`, the gradient above with its terms collected; `a` is the norm's scale.
 fn input_coefficients(
-    gamma: &[f32],
+    a: &[f32],
     mean: &[f32],
     rstd: &[f32],
     dgamma: &[f32],
     dbeta: &[f32],
     count: Option<usize>,
 ) -> [Vec<f32>; 3] {
-    let a: Vec<f32> = gamma.iter().zip(rstd).map(|(g, r)| g * r).collect();
     let Some(count) = count else {
-        return [a, vec![0.0; mean.len()], vec![0.0; mean.len()]];
+        return [a.to_vec(), vec![0.0; mean.len()], vec![0.0; mean.len()]];
     };
     let count = count as f32;
     let b: Vec<f32> = (0..a.len()).map(|i| -a[i] * rstd[i] * dgamma[i] / count).collect();
     let c = (0..a.len()).map(|i| -a[i] * dbeta[i] / count - b[i] * mean[i]).collect();
-    [a, b, c]
+    [a.to_vec(), b, c]
 }

@@ -1,13 +1,8 @@
 //! Sums of blocks, put in order and in their places in the gradient.
 
 use super::super::super::simd::Simd;
-use super::super::HALF;
 use super::super::amx::TILE;
-
-/// The sums of 32 columns, the even ones first, and a step.
-#[derive(Default)]
-#[repr(align(64))]
-pub(super) struct Block(pub(super) [[f32; TILE]; TILE]);
+use super::super::{HALF, Sums};
 
 /// Where sums go.
 pub(super) struct Places {
@@ -37,12 +32,12 @@ impl Default for Unfinished {
 }
 
 impl Unfinished {
-    /// Puts some rows in their places, as far as there are.
+    /// Puts some rows of a block, whose sums are those of 32 columns, the even ones first, and a step, in their places, as far as there are.
     ///
     /// # Safety
     /// The places are valid, and nobody else's.
     #[inline(always)]
-    pub(super) unsafe fn finish<S: Simd>(&mut self, simd: S, block: &Block, places: &Places, rows: usize) {
+    pub(super) unsafe fn finish<S: Simd>(&mut self, simd: S, block: &Sums, places: &Places, rows: usize) {
         let end = TILE.min(self.row + rows);
         for row in std::mem::replace(&mut self.row, end)..end {
             let column = self.group * TILE + row % HALF * 2 + row / HALF;
