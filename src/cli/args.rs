@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::tensor::Device;
 use crate::train::{Placement, Precision};
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
-use clap::{Parser, Subcommand, ValueEnum, value_parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, value_parser};
 use std::path::PathBuf;
 pub use train::Train;
 
@@ -18,6 +18,14 @@ pub use train::Train;
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Args {
+    /// Those that the program was called with; what is wrong about them ends it.
+    pub fn of_program() -> Args {
+        let command = Args::command().mut_subcommand("train", Train::refuse_settings_on_resume);
+        Args::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
 }
 
 #[derive(Subcommand)]

@@ -15,12 +15,11 @@ mod using;
 use crate::error::{Error, Result};
 use crate::tensor::pool::or_out_of_memory;
 use args::{Args, Command};
-use clap::Parser;
 use std::process::ExitCode;
 
 /// Runs the program: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong command line, 130 after Ctrl-C.
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = Args::of_program();
     match or_out_of_memory(|| run(args.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

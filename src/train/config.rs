@@ -254,8 +254,7 @@ impl TrainConfig {
         for pictures in steps.into_iter().filter(|pictures| *pictures > 0) {
             let part = pictures.div_ceil(self.accumulate);
             if part == 1 || pictures % part == 1 {
-                let problem =
-                    format!("batch norms would see one picture of {} pixels, of a step's {pictures}", self.image_size);
+                let problem = format!("batch norms would see a single picture of {} pixels", self.image_size);
                 let hint = "give --image-size 64, or another --batch-size or --accumulate, for two at least";
                 return Err(Error::config(problem, hint));
             }

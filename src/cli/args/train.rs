@@ -5,7 +5,7 @@ use crate::data::Augment;
 use crate::error::{Error, Result};
 use crate::train::{Balance, BnMode, CacheMode, Depth, OptimizerKind, Precision, ScheduleName, TrainConfig, Weights};
 use crate::weights::locate_default;
-use clap::value_parser;
+use clap::{ArgGroup, Args, Command, Id, value_parser};
 use std::path::PathBuf;
 
 /// PyTorch's default for AdamW.
@@ -17,7 +17,7 @@ pub struct Train {
     #[arg(required_unless_present = "resume")]
     data: Option<PathBuf>,
     /// Go on with the run in this folder, with the settings it began with
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["data", "out", "precision", "Settings"], value_parser = path())]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["data", "out", "precision"], value_parser = path())]
     pub resume: Option<PathBuf>,
     /// Folder for the model and the record of the run [default: runs/DATE-NAME]
     #[arg(long, value_name = "DIR", value_parser = path())]
@@ -130,6 +130,13 @@ struct Settings {
 }
 
 impl Train {
+    /// Makes `train` refuse every setting with --resume: the run keeps its own. (To say so of the group would list all of it.)
+    pub fn refuse_settings_on_resume(train: Command) -> Command {
+        let is_settings = |group: &&ArgGroup| Some(group.get_id()) == Settings::group_id().as_ref();
+        let settings: Vec<Id> = train.get_groups().filter(is_settings).flat_map(ArgGroup::get_args).cloned().collect();
+        train.mut_arg("resume", |resume| resume.conflicts_with_all(settings))
+    }
+
     /// The settings of a new run.
     pub fn config(&self) -> Result<TrainConfig> {
         self.settings.config(self.data.clone().unwrap_or_default(), self.common.precision)
