@@ -6,8 +6,8 @@
 //! pass or a training step the other threads look for the next loop ([`on_a_worker`]).
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a thread looks for work, or for the end of it, before it sleeps.
@@ -112,23 +112,26 @@ pub fn on_a_worker<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return body();
     }
-    rayon::scope(|_| {
-        let this = rayon::current_thread_index();
-        let over = Arc::new(AtomicBool::new(false));
-        let _end = SetWhenDropped(over.clone());
-        rayon::spawn_broadcast(move |context| {
-            if Some(context.index()) != this {
-                look_for_work(|| over.load(Ordering::Acquire));
-            }
-        });
-        body()
-    })
+    // Always on the first: loops that rayon divides leave it the first half of the numbers then, as [`for_each`] does.
+    let (over, body) = (AtomicBool::new(false), Mutex::new(Some(body)));
+    let results = rayon::broadcast(|context| match context.index() {
+        0 => {
+            let _end = SetWhenDropped(&over);
+            let body = body.lock().expect("nobody panics while taking it").take();
+            body.map(|body| body())
+        }
+        _ => {
+            look_for_work(|| over.load(Ordering::Acquire));
+            None
+        }
+    });
+    results.into_iter().flatten().next().expect("the first thread has run it")
 }
 
 /// However it ends.
-struct SetWhenDropped(Arc<AtomicBool>);
+struct SetWhenDropped<'a>(&'a AtomicBool);
 
-impl Drop for SetWhenDropped {
+impl Drop for SetWhenDropped<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }

@@ -14,16 +14,19 @@ use super::parts::spread;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::Output;
-use crate::cpu::gemm_transposed::{Order, reduce};
-use crate::cpu::parallel::for_each;
+use crate::cpu::parallel::{for_each, piece};
 use crate::cpu::simd::Isa;
 use crate::tensor::pool::Scratch;
-use rayon::prelude::*;
 use sums::Sums;
 
 /// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. As many as the sums take, if
 /// that is more: otherwise adding to these would take longer.
 const TRANSFORMED: usize = 4 << 20;
+/// Groups of tiles at most. Each has sums of its own, so that a thread can multiply what it has transformed itself: what another has written
+/// comes from further away. The more groups, the more sums pass through memory; further threads share a group's work.
+const GROUPS: usize = 2;
+/// Groups of pictures at most, of few channels, whose sums are small.
+const GROUPS_OF_PICTURES: usize = 8;
 /// Filters whose sums at all positions a task computes, where there are enough such tasks: they stay in L2.
 const BLOCK_FILTERS: usize = 32;
 const TASKS: usize = 8;
@@ -100,16 +103,16 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize>(
         });
         return;
     }
-    let mut total = Scratch::<f32>::take(sums.len());
-    for start in (0..count).step_by(part) {
-        let tiles = sums.transform(x, dy, shape, start..count.min(start + part));
-        sums.add(&tiles, start == 0, &mut total);
-    }
-    sums.finish_all(&total, out);
+    let groups = count.div_ceil(part).min(GROUPS);
+    sums.in_groups(groups, out, |group, total| {
+        let tiles = piece(group, groups, count);
+        let part = tiles.len().div_ceil(tiles.len().div_ceil(part));
+        for start in tiles.clone().step_by(part) {
+            let some = sums.transform(x, dy, shape, start..tiles.end.min(start + part));
+            sums.add(&some, start == tiles.start, total);
+        }
+    });
 }
-
-/// Groups of pictures at most; each has sums of its own.
-const GROUPS: usize = 8;
 
 /// Whether [`backward_filter_by_pictures`] is for this convolution: a picture's tiles take more room than the sums.
 pub fn suits_pictures<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
@@ -150,13 +153,12 @@ fn by_pictures_of<T: Float, W: Float>(
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
     let (count, sums) = (Sums::<W, 1>::tiles(&image), Sums::<W, 1>::new(isa, shape.c, shape.o));
     let part = sums.tiles_of(TRANSFORMED).min(count.max(1));
-    let pictures = shape.n.div_ceil(GROUPS).max(1);
+    let pictures = shape.n.div_ceil(GROUPS_OF_PICTURES).max(1);
     let groups = shape.n.div_ceil(pictures).max(1);
-    let mut totals = Scratch::<f32>::take(groups * sums.len());
     if shape.n == 0 {
-        totals.fill(0.0);
+        return dfilter.fill(0.0);
     }
-    totals.par_chunks_exact_mut(sums.len()).enumerate().with_max_len(1).for_each(|(group, total)| {
+    sums.in_groups(groups, &Output::new(dfilter), |group, total| {
         let mut dy = Scratch::<T>::take(dy_len);
         for picture in group * pictures..shape.n.min((group + 1) * pictures) {
             make(picture, &mut dy);
@@ -167,7 +169,4 @@ fn by_pictures_of<T: Float, W: Float>(
             }
         }
     });
-    let (mut total, value_len) = (Scratch::<f32>::take(sums.len()), sums.value_len()[0]);
-    reduce(&totals, groups, Sums::<W, 1>::ALL_VALUES, value_len, value_len, &mut total, Order::RowMajor);
-    sums.finish_all(&total, &Output::new(dfilter));
 }

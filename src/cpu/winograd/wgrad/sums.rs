@@ -8,7 +8,7 @@ use super::tiles::{Layout, OfGradients, TransformTiles};
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Output, Stream};
-use crate::cpu::gemm_transposed::{SLICE, TILE_ROWS, multiply_runs};
+use crate::cpu::gemm_transposed::{Order, SLICE, TILE_ROWS, multiply_runs, reduce};
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -176,8 +176,22 @@ impl<W: Float, const STRIDE: usize> Sums<W, STRIDE> {
         dispatch(self.isa, ToFilter::<W, STRIDE> { sums, value_len, filter, channels, c, out, products: PhantomData });
     }
 
+    /// The gradient of which `work` makes the sums of each group.
+    pub(super) fn in_groups(&self, groups: usize, out: &Output<f32>, work: impl Fn(usize, &mut [f32]) + Sync) {
+        let mut totals = Scratch::<f32>::take(groups * self.len());
+        let of_groups = totals.par_chunks_exact_mut(self.len()).enumerate().with_max_len(1);
+        of_groups.for_each(|(group, total)| work(group, total));
+        if groups > 1 {
+            let value_len = self.value_len()[0];
+            let mut total = Scratch::<f32>::take(self.len());
+            reduce(&totals, groups, Self::ALL_VALUES, value_len, value_len, &mut total, Order::RowMajor);
+            totals = total;
+        }
+        self.finish_all(&totals, out);
+    }
+
     /// [`Sums::finish`] of all.
-    pub(super) fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
+    fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
         let (panels, width) = (self.panels, self.width);
         for_each(self.o * panels, |i| {
             let (filter, panel) = (i / panels, i % panels);
