@@ -22,9 +22,11 @@ use sums::Sums;
 /// Bytes of transformed tiles that are multiplied together; they are read once, from the last cache. As many as the sums take, if
 /// that is more: otherwise adding to these would take longer.
 const TRANSFORMED: usize = 4 << 20;
-/// Groups of tiles at most. Each has sums of its own, so that a thread can multiply what it has transformed itself: what another has written
+/// Groups of many tiles. Each has sums of its own, so that a thread can multiply what it has transformed itself: what another has written
 /// comes from further away. The more groups, the more sums pass through memory; further threads share a group's work.
 const GROUPS: usize = 2;
+/// So many parts of tiles are enough for that.
+const PARTS_OF_GROUPS: usize = 4;
 /// Groups of pictures at most, of few channels, whose sums are small.
 const GROUPS_OF_PICTURES: usize = 8;
 /// Filters whose sums at all positions a task computes, where there are enough such tasks: they stay in L2.
@@ -98,12 +100,12 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize>(
                 sums.multiply(&tiles, [value, panel], filters.clone(), true, some);
             }
             for (i, filter) in filters.enumerate() {
-                sums.finish(&some[i * width..], value_len, [filter, panel], out);
+                sums.finish(&some[i * width..], value_len, 1, [filter, panel], out);
             }
         });
         return;
     }
-    let groups = count.div_ceil(part).min(GROUPS);
+    let groups = if count.div_ceil(part) < PARTS_OF_GROUPS { 1 } else { GROUPS };
     sums.in_groups(groups, out, |group, total| {
         let tiles = piece(group, groups, count);
         let part = tiles.len().div_ceil(tiles.len().div_ceil(part));
