@@ -35,6 +35,15 @@ pub fn add_assign<T: Float>(a: &mut [T], b: &[T]) {
         .for_each(|(a, b)| T::read(b, |b| T::update(a, |a| add_assign_chunk(a, b))));
 }
 
+/// `a += b` for each part `b` of `parts`, all as long as `a`, in their order.
+pub fn add_parts(a: &mut [f32], parts: &[f32]) {
+    let len = a.len().max(1);
+    assert!(parts.len().is_multiple_of(len), "parts of the same length");
+    a.par_chunks_mut(CHUNK).enumerate().for_each(|(i, a)| {
+        parts.chunks_exact(len).for_each(|b| add_assign_chunk(a, &b[i * CHUNK..][..a.len()]));
+    });
+}
+
 /// `x *= factor`.
 pub fn scale<T: Float>(x: &mut [T], factor: f32) {
     x.par_chunks_mut(T::CHUNK).for_each(|x| T::update(x, |x| scale_chunk(x, factor)));

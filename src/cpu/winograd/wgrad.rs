@@ -100,7 +100,7 @@ fn backward_filter_of<T: Float, W: Float, const STRIDE: usize>(
                 sums.multiply(&tiles, [value, panel], filters.clone(), true, some);
             }
             for (i, filter) in filters.enumerate() {
-                sums.finish(&some[i * width..], value_len, 1, [filter, panel], out);
+                sums.finish(&some[i * width..], value_len, [filter, panel], out);
             }
         });
         return;

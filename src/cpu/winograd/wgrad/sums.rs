@@ -6,6 +6,7 @@ use super::super::tiles::{OfInputs, Side};
 use super::super::transforms::*;
 use super::tiles::{Layout, OfGradients, TransformTiles};
 use crate::cpu::conv::ConvShape;
+use crate::cpu::elementwise;
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Output, Stream};
 use crate::cpu::gemm_transposed::{SLICE, TILE_ROWS, multiply_runs};
@@ -169,21 +170,11 @@ impl<W: Float, const STRIDE: usize> Sums<W, STRIDE> {
         tasks.for_each(|(value, panel, sums)| self.multiply(tiles, [value, panel], 0..self.o, first, sums));
     }
 
-    /// The gradient of a filter for a panel of channels, from the first of its sums on; `value_len` of them from one value to the next, and
-    /// all of them from one of so many groups to the next.
-    pub(super) fn finish(
-        &self,
-        sums: &[f32],
-        value_len: usize,
-        groups: usize,
-        [filter, panel]: [usize; 2],
-        out: &Output<f32>,
-    ) {
+    /// The gradient of a filter for a panel of channels, from the first of its sums on; `value_len` of them from one value to the next.
+    pub(super) fn finish(&self, sums: &[f32], value_len: usize, [filter, panel]: [usize; 2], out: &Output<f32>) {
         let channels = panel * self.width..self.c.min((panel + 1) * self.width);
         let c = self.c;
-        let products = PhantomData;
-        let groups = [groups, self.len()];
-        dispatch(self.isa, ToFilter::<W, STRIDE> { sums, value_len, groups, filter, channels, c, out, products });
+        dispatch(self.isa, ToFilter::<W, STRIDE> { sums, value_len, filter, channels, c, out, products: PhantomData });
     }
 
     /// The gradient of which `work` makes the sums of each group.
@@ -191,10 +182,17 @@ impl<W: Float, const STRIDE: usize> Sums<W, STRIDE> {
         let mut totals = Scratch::<f32>::take(groups * self.len());
         let of_groups = totals.par_chunks_exact_mut(self.len()).enumerate().with_max_len(1);
         of_groups.for_each(|(group, total)| work(group, total));
-        let (panels, width, value_len) = (self.panels, self.width, self.value_len()[0]);
+        let (total, others) = totals.split_at_mut(self.len());
+        elementwise::add_parts(total, others);
+        self.finish_all(total, out);
+    }
+
+    /// [`Sums::finish`] of all.
+    fn finish_all(&self, sums: &[f32], out: &Output<f32>) {
+        let (panels, width) = (self.panels, self.width);
         for_each(self.o * panels, |i| {
             let (filter, panel) = (i / panels, i % panels);
-            self.finish(&totals[(panel * self.o + filter) * width..], value_len, groups, [filter, panel], out);
+            self.finish(&sums[(panel * self.o + filter) * width..], self.value_len()[0], [filter, panel], out);
         });
     }
 }
@@ -245,8 +243,6 @@ struct ToFilter<'a, W, const STRIDE: usize> {
     sums: &'a [f32],
     /// Sums from one value to the next.
     value_len: usize,
-    /// How many, and sums from one to the next.
-    groups: [usize; 2],
     filter: usize,
     channels: Range<usize>,
     /// All channels.
@@ -265,45 +261,18 @@ impl<W: Float, const STRIDE: usize> Task for ToFilter<'_, W, STRIDE> {
         let (steps, columns) =
             ([FilterGradient::<W, STRIDE>::VALUES * self.value_len, self.value_len], self.channels.len());
         assert!(columns.is_multiple_of(S::LANES) && self.channels.end <= self.c);
-        let (values, [groups, group_len]) = (FilterGradient::<W, STRIDE>::VALUES.pow(2), self.groups);
-        assert!(self.sums.len() >= (groups - 1) * group_len + (values - 1) * self.value_len + columns);
+        assert!(self.sums.len() >= (FilterGradient::<W, STRIDE>::VALUES.pow(2) - 1) * self.value_len + columns);
         let mut room = [Room::new()];
         for column in (0..columns).step_by(S::LANES) {
-            // SAFETY: as asserted, a vector from `column` on is there at every value of each group; these channels of the filter, of which each
+            // SAFETY: as asserted, a vector from `column` on is there at every value; these channels of the filter, of which each
             // tap has `c`, are this task's alone.
             unsafe {
                 let sums = Plane { first: self.sums.as_ptr().add(column).cast_mut(), steps };
                 let first = self.out.pointer().add(self.filter * TAPS * TAPS * self.c + self.channels.start + column);
                 let out = Plane { first, steps: [TAPS * self.c, self.c] };
                 let along = Along::<FilterGradient<W, STRIDE>, FilterGradient<W, STRIDE>>::new();
-                match groups {
-                    1 => along.apply(simd, &mut room, [sums], out),
-                    _ => along.apply(simd, &mut room, [SumsOfGroups { first: sums, groups, group_len }], out),
-                }
+                along.apply(simd, &mut room, [sums], out);
             }
-        }
-    }
-}
-
-/// The sums of all groups, added in their order.
-struct SumsOfGroups {
-    first: Plane<f32>,
-    groups: usize,
-    /// Sums from one group to the next.
-    group_len: usize,
-}
-
-impl<S: Simd> Source<S> for SumsOfGroups {
-    #[inline(always)]
-    unsafe fn load(&self, simd: S, i: usize, j: usize) -> S::V {
-        // SAFETY: the caller's, for each group.
-        unsafe {
-            let mut sum = self.first.load(simd, i, j);
-            for group in 1..self.groups {
-                let first = self.first.first.add(group * self.group_len);
-                sum = simd.add(sum, Plane { first, ..self.first }.load(simd, i, j));
-            }
-            sum
         }
     }
 }
