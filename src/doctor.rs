@@ -84,7 +84,7 @@ pub fn check_cpu(tell: &mut dyn FnMut(Check)) -> Result<()> {
         let rounded = |x: Tensor| x.to_dtype(dtype)?.to_dtype(DType::F32);
         for (name, case @ [n, h, w, c, o, k, stride, padding]) in CASES.into_iter().chain(MANY_TILES) {
             let params = Conv2dParams::new(stride, padding);
-            let (x, filter) = (rounded(random(&[n, h, w, c], 1))?.leaf(), rounded(random(&[o, k, k, c], 2))?.leaf());
+            let (x, filter) = (rounded(random(&[n, h, w, c], 1))?, rounded(random(&[o, k, k, c], 2))?.leaf());
             let input = x.to_dtype(dtype)?.leaf();
             let y = ops::conv2d(&input, &filter, None, params)?;
             let dy = rounded(random(y.dims(), 3))?;

@@ -5,9 +5,10 @@ mod train;
 use super::report;
 use crate::cuda;
 use crate::error::Result;
+use crate::nn::{MAX_IMAGE_SIZE, MIN_IMAGE_SIZE};
 use crate::tensor::Device;
 use crate::train::{Placement, Precision};
-use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
+use clap::builder::{NonEmptyStringValueParser, RangedI64ValueParser, TypedValueParser};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, value_parser};
 use std::path::PathBuf;
 pub use train::Train;
@@ -187,7 +188,7 @@ pub struct Bench {
     #[arg(long, value_name = "N", default_value = "32", value_parser = value_parser!(u32).range(1..=65536))]
     pub batch: u32,
     /// Side of the pictures
-    #[arg(long, value_name = "PX", default_value = "224", value_parser = value_parser!(u32).range(32..=4096))]
+    #[arg(long, value_name = "PX", default_value = "224", value_parser = side())]
     pub size: u32,
     /// How long to measure, at least three steps
     #[arg(long, default_value = "6", value_parser = positive)]
@@ -213,6 +214,11 @@ pub struct Demo {
     pub out: Option<PathBuf>,
     #[command(flatten)]
     pub common: Common,
+}
+
+/// The side of a picture that the network takes, in pixels.
+fn side() -> RangedI64ValueParser<u32> {
+    value_parser!(u32).range(MIN_IMAGE_SIZE as i64..=MAX_IMAGE_SIZE as i64)
 }
 
 fn positive(text: &str) -> std::result::Result<f64, String> {

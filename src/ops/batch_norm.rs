@@ -260,7 +260,7 @@ fn product(a: &[f32], b: &[f32]) -> Vec<f32> {
 
 /// The affine map that normalisation amounts to once the statistics are known.
 pub(crate) fn scale_and_shift(gamma: &[f32], beta: &[f32], mean: &[f32], rstd: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let scale: Vec<f32> = gamma.iter().zip(rstd).map(|(g, r)| g * r).collect();
+    let scale = product(gamma, rstd);
     let shift = beta.iter().zip(mean).zip(&scale).map(|((b, m), s)| b - m * s).collect();
     (scale, shift)
 }

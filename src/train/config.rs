@@ -7,6 +7,7 @@ use crate::nn::{MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ResNet18, Stage};
 use crate::optim::{Algorithm, ParamGroup, ScheduleKind};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Rate of the lower layers, in shares of the head's, unless something else is asked for.
@@ -251,15 +252,20 @@ impl TrainConfig {
             return Ok(());
         }
         let steps = [self.batch_size.min(pictures), pictures % self.batch_size];
-        for pictures in steps.into_iter().filter(|pictures| *pictures > 0) {
-            let part = pictures.div_ceil(self.accumulate);
-            if part == 1 || pictures % part == 1 {
+        match steps.into_iter().flat_map(|pictures| self.parts(pictures)).any(|part| part.len() == 1) {
+            true => {
                 let problem = format!("batch norms would see a single picture of {} pixels", self.image_size);
                 let hint = "give --image-size 64, or another --batch-size or --accumulate, for two at least";
-                return Err(Error::config(problem, hint));
+                Err(Error::config(problem, hint))
             }
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The parts that a step over so many pictures is computed in.
+    pub(super) fn parts(&self, pictures: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let part = pictures.div_ceil(self.accumulate);
+        (0..pictures).step_by(part.max(1)).map(move |start| start..pictures.min(start + part))
     }
 
     /// The same from whatever folder it is read.

@@ -66,27 +66,28 @@ pub fn resume(folder: &Path, control: Control, observer: &mut dyn Observer) -> R
         observer.note(&format!("{}: the run is complete", folder.display()));
         return saved.progress.outcome(&saved.data.classes, folder.join("model.safetensors"), start);
     }
-    let (config, preprocess) = read_config(folder)?;
+    let (settings, preprocess) = read_config(folder)?;
+    let config = saved.as_ref().map_or(&settings, |saved| &saved.config);
     let stop = Stop::new(control.stop, folder);
-    let Some(saved) = saved else {
+    if saved.is_none() {
         observer.note("no checkpoint yet, the run begins anew");
-        let (run, preprocess) = Run::new(&config, control.device, stop, observer, load)?;
-        let folder = RunFolder::reopen(folder, &run.record.data.classes, &preprocess);
-        return run.train(folder, start, control, observer);
-    };
-    // All values come from the checkpoint: the file of weights that the run began with is not needed any more.
-    let network = |config: &TrainConfig, names: &[String], _: &mut dyn Observer| {
-        Ok((ResNet18::without_values(names.len(), config.seed), preprocess))
-    };
-    let (mut run, preprocess) = Run::new(&saved.config, control.device, stop, observer, network)?;
-    if saved.data != run.record.data {
-        let problem = "the pictures are not those that the run began with";
-        return Err(Error::data(&config.data, problem, "restore them, or start a new run"));
     }
-    saved.restore(&run.trainer.network, &mut run.trainer.optimizer, run.trainer.ema.as_mut())?;
-    let batch = saved.progress.batch;
-    observer.note(&format!("goes on at epoch {}, batch {}", saved.progress.history.len() + 1, batch + 1));
-    run.record.progress = saved.progress;
+    let network = |config: &TrainConfig, names: &[String], observer: &mut dyn Observer| match saved {
+        // All values come from the checkpoint: the file of weights that the run began with is not needed any more.
+        Some(_) => Ok((ResNet18::without_values(names.len(), config.seed), preprocess)),
+        None => load(config, names, observer),
+    };
+    let (mut run, preprocess) = Run::new(config, control.device, stop, observer, network)?;
+    if let Some(saved) = saved {
+        if saved.data != run.record.data {
+            let problem = "the pictures are not those that the run began with";
+            return Err(Error::data(&saved.config.data, problem, "restore them, or start a new run"));
+        }
+        saved.restore(&run.trainer.network, &mut run.trainer.optimizer, run.trainer.ema.as_mut())?;
+        let batch = saved.progress.batch;
+        observer.note(&format!("goes on at epoch {}, batch {}", saved.progress.history.len() + 1, batch + 1));
+        run.record.progress = saved.progress;
+    }
     let folder = RunFolder::reopen(folder, &run.record.data.classes, &preprocess);
     run.train(folder, start, control, observer)
 }

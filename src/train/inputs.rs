@@ -302,14 +302,15 @@ impl<'a> Split<'a> {
 
     /// An error if all pictures are known to be unreadable, for training those of a class. Call it after a full pass.
     fn check_readable(&self) -> Result<()> {
-        let mut readable = std::collections::BTreeMap::<usize, (usize, &Sample)>::new();
-        for (sample, &bad) in self.samples.iter().zip(&self.bad) {
-            readable.entry(sample.label).or_insert((0, sample)).0 += usize::from(!bad);
-        }
-        let mut missing = readable.values().filter(|(count, _)| *count == 0);
         let sample = match self.part {
-            Part::Validation if missing.clone().count() < readable.len() => None,
-            _ => missing.next().map(|(_, sample)| sample),
+            Part::Training => {
+                let mut readable = std::collections::BTreeMap::<usize, (usize, &Sample)>::new();
+                for (sample, &bad) in self.samples.iter().zip(&self.bad) {
+                    readable.entry(sample.label).or_insert((0, sample)).0 += usize::from(!bad);
+                }
+                readable.values().find(|(count, _)| *count == 0).map(|(_, sample)| *sample)
+            }
+            Part::Validation => self.samples.first().filter(|_| self.bad.iter().all(|&bad| bad)),
         };
         let Some(sample) = sample else { return Ok(()) };
         let folder = sample.path.parent().unwrap_or(&sample.path);

@@ -178,12 +178,10 @@ impl Trainer {
         factor: f64,
     ) -> Result<Learnt> {
         let total = labels.numel();
-        let part = total.div_ceil(config.accumulate);
         let mut gradients = Gradients::default();
         let mut loss_sum: Option<Tensor> = None;
         let mut all_logits = Vec::new();
-        for start in (0..total).step_by(part) {
-            let rows = start..total.min(start + part);
+        for rows in config.parts(total) {
             let share = rows.len() as f32 / total as f32;
             let (x, labels) = (x.rows(rows.clone())?, labels.rows(rows.clone())?);
             let second = other.as_ref().map(|(l, s)| Ok::<_, Error>((l.rows(rows.clone())?, *s))).transpose()?;

@@ -1,6 +1,6 @@
 //! The arguments of `hone train`.
 
-use super::{Common, path, positive};
+use super::{Common, path, positive, side};
 use crate::data::Augment;
 use crate::error::{Error, Result};
 use crate::train::{Balance, BnMode, CacheMode, Depth, OptimizerKind, Precision, ScheduleName, TrainConfig, Weights};
@@ -122,7 +122,7 @@ struct Settings {
     #[arg(long, value_name = "SHARE", default_value = "0.2", value_parser = share)]
     val_split: f64,
     /// Side of the centre crop; the short side is resized to 256/224 of it
-    #[arg(long, value_name = "PX", default_value = "224", value_parser = value_parser!(u32).range(32..=4096))]
+    #[arg(long, value_name = "PX", default_value = "224", value_parser = side())]
     image_size: u32,
     /// Turn pictures as their EXIF data says (torchvision does not)
     #[arg(long)]

@@ -153,13 +153,13 @@ fn by_pictures_of<T: Float, W: Float>(
     let image = ConvShape { n: 1, ..*shape };
     let [x_len, dy_len] = [image.h * image.w * image.c, image.output().iter().product::<usize>() * image.o];
     assert!(x.len() == shape.n * x_len && dfilter.len() == shape.o * 9 * shape.c);
-    let (count, sums) = (Sums::<W, 1>::tiles(&image), Sums::<W, 1>::new(isa, shape.c, shape.o));
-    let part = sums.tiles_of(TRANSFORMED).min(count.max(1));
-    let pictures = shape.n.div_ceil(GROUPS_OF_PICTURES).max(1);
-    let groups = shape.n.div_ceil(pictures).max(1);
     if shape.n == 0 {
         return dfilter.fill(0.0);
     }
+    let (count, sums) = (Sums::<W, 1>::tiles(&image), Sums::<W, 1>::new(isa, shape.c, shape.o));
+    let part = sums.tiles_of(TRANSFORMED);
+    let pictures = shape.n.div_ceil(GROUPS_OF_PICTURES);
+    let groups = shape.n.div_ceil(pictures);
     sums.in_groups(groups, &Output::new(dfilter), |group, total| {
         let mut dy = Scratch::<T>::take(dy_len);
         for picture in group * pictures..shape.n.min((group + 1) * pictures) {
