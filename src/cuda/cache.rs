@@ -3,6 +3,7 @@
 //! An entry is named by a hash of everything that decides it: source, target and compiler. It is written beside and renamed,
 //! so that processes do not disturb each other, and it ends with a checksum, so that a damaged one is made again.
 
+use fnv::FnvHasher;
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
 
@@ -16,21 +17,8 @@ pub fn folder() -> Option<PathBuf> {
 }
 
 /// FNV-1a, 64 bits: the same on every machine and in every version of the standard library.
-struct Fnv(u64);
-
-impl Hasher for Fnv {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-}
-
 fn hash(seed: u64, parts: &[&[u8]]) -> u64 {
-    let mut hasher = Fnv(0xcbf2_9ce4_8422_2325 ^ seed);
+    let mut hasher = FnvHasher::with_key(FnvHasher::default().finish() ^ seed);
     for part in parts {
         hasher.write(&(part.len() as u64).to_le_bytes());
         hasher.write(part);

@@ -2,15 +2,18 @@
 //! are drawn before it.
 
 use crate::tensor::Tensor;
+use fnv::FnvHasher;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
+use std::hash::Hasher;
 
 fn generator(seed: u64, name: &str) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     // FNV-1a of the name chooses one of the generator's independent streams.
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    rng.set_stream(hash);
+    let mut hash = FnvHasher::default();
+    hash.write(name.as_bytes());
+    rng.set_stream(hash.finish());
     rng
 }
 

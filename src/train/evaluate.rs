@@ -1,16 +1,17 @@
 //! Using a trained model: accuracy on a folder, predictions for pictures, features.
 
 use super::Observer;
-use super::inputs::{Skipped, decode_batches, images};
+use super::inputs::images;
 use super::metrics::{Confusion, Tally};
 use super::model::Model;
+use super::pictures::{Pictures, Skipped};
+use super::stop::Stop;
 use crate::autograd::no_grad;
 use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::ops::{CrossEntropy, cross_entropy};
 use crate::tensor::Tensor;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// Pictures sent through the network together.
 const BATCH: usize = 32;
@@ -32,51 +33,30 @@ pub struct Evaluation {
 /// Calls `body` with the indices and the image tensor of each batch of readable pictures; returns the others.
 fn for_each_batch(
     model: &Model,
-    samples: Arc<[Sample]>,
+    samples: Vec<Sample>,
     observer: &mut dyn Observer,
     mut body: impl FnMut(&[usize], &Tensor) -> Result<()>,
 ) -> Result<Vec<Skipped>> {
-    let mut skipped = Vec::new();
-    let total = samples.len();
-    let mut done = 0;
-    for decoded in decode_batches(samples.clone(), (0..total).collect(), &model.preprocess, BATCH) {
-        done += decoded.len();
-        let mut indices = Vec::new();
-        let mut pictures = Vec::new();
-        for (i, result) in decoded {
-            match result {
-                Ok(picture) => {
-                    indices.push(i);
-                    pictures.push(picture);
-                }
-                Err(error) => {
-                    let picture = Skipped { file: samples[i].path.clone(), reason: error.to_string() };
-                    observer.skipped(&picture);
-                    skipped.push(picture);
-                }
-            }
-        }
-        if !indices.is_empty() {
-            let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
-            no_grad(|| body(&indices, &images(&pictures, &model.preprocess, model.placement)?))?;
-        }
-        observer.progress("pictures", done, total);
-    }
-    if skipped.len() == total {
-        let path = skipped.first().map_or_else(PathBuf::new, |s| s.file.clone());
+    let mut all = Pictures::new(samples, Stop::default());
+    all.for_each_batch(&model.preprocess, BATCH, "pictures", observer, |indices, pictures| {
+        no_grad(|| body(indices, &images(pictures, &model.preprocess, model.placement)?))
+    })?;
+    let total = all.samples.len();
+    if all.skipped.len() == total {
+        let path = all.skipped.first().map_or_else(PathBuf::new, |s| s.file.clone());
         return Err(Error::data(path, format!("none of the {total} pictures can be read"), "check the files"));
     }
-    Ok(skipped)
+    Ok(all.skipped)
 }
 
 /// Accuracy, loss and confusion over `samples`, whose labels are indices of the model's classes.
 pub fn evaluate(model: &Model, samples: Vec<Sample>, observer: &mut dyn Observer) -> Result<Evaluation> {
-    let samples: Arc<[Sample]> = samples.into();
     let mut tally = Tally::default();
     let mut confusion = Confusion::new(model.classes.len());
-    let skipped = for_each_batch(model, samples.clone(), observer, |indices, images| {
+    let all_labels: Vec<i64> = samples.iter().map(|sample| sample.label as i64).collect();
+    let skipped = for_each_batch(model, samples, observer, |indices, images| {
         let logits = model.network.forward(images, false)?;
-        let labels: Vec<i64> = indices.iter().map(|&i| samples[i].label as i64).collect();
+        let labels: Vec<i64> = indices.iter().map(|&i| all_labels[i]).collect();
         let targets = Tensor::from_slice(&labels, [labels.len()])?;
         let loss = cross_entropy(&logits, &targets, &CrossEntropy::default())?.item()?;
         let logits = logits.to_f32_vec()?;
@@ -93,8 +73,8 @@ pub fn evaluate(model: &Model, samples: Vec<Sample>, observer: &mut dyn Observer
     })
 }
 
-fn unlabelled(paths: Vec<PathBuf>) -> Arc<[Sample]> {
-    paths.into_iter().map(|path| Sample { path, label: 0 }).collect()
+fn unlabelled(paths: &[PathBuf]) -> Vec<Sample> {
+    paths.iter().map(|path| Sample { path: path.clone(), label: 0 }).collect()
 }
 
 /// What a model takes a picture for.
@@ -107,15 +87,14 @@ pub struct Prediction {
 
 /// The `top` most probable classes of every picture that can be read; the others are told to the observer.
 pub fn predict(model: &Model, paths: Vec<PathBuf>, top: usize, observer: &mut dyn Observer) -> Result<Vec<Prediction>> {
-    let samples = unlabelled(paths);
-    let mut predictions = Vec::with_capacity(samples.len());
-    for_each_batch(model, samples.clone(), observer, |indices, images| {
+    let mut predictions = Vec::with_capacity(paths.len());
+    for_each_batch(model, unlabelled(&paths), observer, |indices, images| {
         let logits = model.network.forward(images, false)?;
         for (&i, row) in indices.iter().zip(logits.to_f32_vec()?.chunks_exact(model.classes.len())) {
             let mut classes: Vec<(usize, f32)> = softmax(row).into_iter().enumerate().collect();
             classes.sort_by(|a, b| b.1.total_cmp(&a.1));
             classes.truncate(top);
-            predictions.push(Prediction { file: samples[i].path.clone(), classes });
+            predictions.push(Prediction { file: paths[i].clone(), classes });
         }
         Ok(())
     })?;
@@ -154,11 +133,10 @@ impl Features {
 
 /// Features and logits of every picture that can be read; the others are told to the observer.
 pub fn features_of(model: &Model, paths: Vec<PathBuf>, observer: &mut dyn Observer) -> Result<Features> {
-    let samples = unlabelled(paths);
     let mut all = Features::default();
-    for_each_batch(model, samples.clone(), observer, |indices, images| {
+    for_each_batch(model, unlabelled(&paths), observer, |indices, images| {
         all.add(model, images)?;
-        all.files.extend(indices.iter().map(|&i| samples[i].path.clone()));
+        all.files.extend(indices.iter().map(|&i| paths[i].clone()));
         Ok(())
     })?;
     Ok(all)

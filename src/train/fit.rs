@@ -333,7 +333,7 @@ impl<'a> Run<'a> {
             progress.best = Some(progress.history.len() - 1);
             progress.confusion = confusion;
         }
-        for picture in train.skipped.iter().chain(&val.skipped) {
+        for picture in train.skipped().iter().chain(val.skipped()) {
             if !progress.skipped.contains(picture) {
                 progress.skipped.push(picture.clone());
             }

@@ -2,57 +2,17 @@
 
 use super::Observer;
 use super::config::{BnMode, CacheMode, TrainConfig};
+use super::pictures::{Pictures, Skipped, batches};
 use super::placement::Placement;
 use super::stop::Stop;
 use crate::autograd::no_grad;
 use crate::cuda;
-use crate::data::{Augment, Pixels, Preprocess, Sample, decode, generator, ordered_parallel};
+use crate::data::{Augment, Pixels, Preprocess, Sample, decode, generator};
 use crate::error::{Error, Result};
 use crate::nn::{ResNet18, Stage};
 use crate::tensor::{Device, Tensor, pool};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
 use std::sync::Arc;
-
-/// Pictures decoded ahead of the one being computed, in batches.
-const BATCHES_AHEAD: usize = 2;
-
-/// A picture that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Skipped {
-    /// The file.
-    pub file: PathBuf,
-    /// Why, in one line that names the file.
-    pub reason: String,
-}
-
-/// Results of `load` for each index of `order`, computed in parallel and ahead, in groups of `batch`.
-fn batches<T: Send + 'static>(
-    order: Vec<usize>,
-    batch: usize,
-    load: impl Fn(usize) -> Result<T> + Send + Sync + 'static,
-) -> impl Iterator<Item = Vec<(usize, Result<T>)>> {
-    let mut left = order.len();
-    let f = move |i: usize| (order[i], load(order[i]));
-    let mut items = ordered_parallel(left, rayon::current_num_threads(), BATCHES_AHEAD * batch, f);
-    std::iter::from_fn(move || {
-        let take = batch.min(left);
-        left -= take;
-        (take > 0).then(|| items.by_ref().take(take).collect())
-    })
-}
-
-/// Decodes and preprocesses `samples[order[..]]` in groups of `batch`.
-pub(super) fn decode_batches(
-    samples: Arc<[Sample]>,
-    order: Vec<usize>,
-    preprocess: &Preprocess,
-    batch: usize,
-) -> impl Iterator<Item = Vec<(usize, Result<Vec<u8>>)>> + use<> {
-    let preprocess = preprocess.clone();
-    batches(order, batch, move |i| preprocess.load(&samples[i].path))
-}
 
 /// `[N, crop, crop, 3]`, normalised, from decoded pictures. To the card they go as bytes.
 pub(super) fn images(pictures: &[&[u8]], preprocess: &Preprocess, placement: Placement) -> Result<Tensor> {
@@ -116,18 +76,12 @@ impl Part {
 /// Training or validation pictures.
 pub(super) struct Split<'a> {
     part: Part,
-    samples: Arc<[Sample]>,
+    pictures: Pictures<'a>,
     preprocess: Preprocess,
     augment: Augment,
     seed: u64,
     placement: Placement,
     source: Source,
-    /// Known to be unreadable.
-    bad: Vec<bool>,
-    /// Those, with the reason.
-    pub skipped: Vec<Skipped>,
-    /// Looked at while pictures are decoded.
-    stop: Stop<'a>,
 }
 
 impl<'a> Split<'a> {
@@ -142,28 +96,22 @@ impl<'a> Split<'a> {
     ) -> Self {
         // What is mixed on the CPU goes to the card after that.
         let placement = if augment == Augment::Strong { Placement::default() } else { placement };
-        let (bad, preprocess) = (vec![false; samples.len()], preprocess.clone());
-        Split {
-            part,
-            samples: samples.into(),
-            preprocess,
-            augment,
-            seed,
-            placement,
-            source: Source::Files,
-            bad,
-            skipped: Vec::new(),
-            stop,
-        }
+        let (pictures, preprocess) = (Pictures::new(samples, stop), preprocess.clone());
+        Split { part, pictures, preprocess, augment, seed, placement, source: Source::Files }
     }
 
     pub fn len(&self) -> usize {
-        self.samples.len()
+        self.pictures.samples.len()
+    }
+
+    /// Pictures found to be unreadable so far.
+    pub fn skipped(&self) -> &[Skipped] {
+        &self.pictures.skipped
     }
 
     /// Class of every picture.
     pub fn labels(&self) -> impl Iterator<Item = usize> + '_ {
-        self.samples.iter().map(|sample| sample.label)
+        self.pictures.samples.iter().map(|sample| sample.label)
     }
 
     /// Keeps what stays the same from epoch to epoch, as far as the settings and `budget` (in bytes, reduced by what is
@@ -202,7 +150,7 @@ impl<'a> Split<'a> {
         }
         *budget -= bytes;
         let mut pictures = vec![None; self.len()];
-        self.for_each_decoded(batch, observer, |indices, decoded, _| {
+        self.for_each_decoded(batch, observer, |indices, decoded| {
             indices.iter().zip(decoded).for_each(|(&i, p)| pictures[i] = Some(p.to_vec()));
             Ok(())
         })?;
@@ -220,9 +168,9 @@ impl<'a> Split<'a> {
     ) -> Result<()> {
         let row: usize = dims.iter().product();
         let mut values = vec![0.0; self.len() * row];
-        let placement = self.placement;
-        self.for_each_decoded(batch, observer, |indices, pictures, preprocess| {
-            let x = no_grad(|| network.prefix(&images(pictures, preprocess, placement)?, stage, false))?;
+        let (preprocess, placement) = (self.preprocess.clone(), self.placement);
+        self.for_each_decoded(batch, observer, |indices, pictures| {
+            let x = no_grad(|| network.prefix(&images(pictures, &preprocess, placement)?, stage, false))?;
             for (&i, x) in indices.iter().zip(x.to_f32_vec()?.chunks_exact(row)) {
                 values[i * row..][..row].copy_from_slice(x);
             }
@@ -239,20 +187,21 @@ impl<'a> Split<'a> {
         budget: &mut usize,
         observer: &mut dyn Observer,
     ) -> Result<&'static str> {
-        let (samples, exif) = (self.samples.clone(), self.preprocess.exif);
+        let (samples, exif) = (self.pictures.samples.clone(), self.preprocess.exif);
         let mut originals = vec![None; self.len()];
         let (mut used, mut done) = (0, 0);
         for decoded in batches((0..self.len()).collect(), batch, move |i| decode(&samples[i].path, exif)) {
-            self.stop.check()?;
+            self.pictures.stop.check()?;
             done += decoded.len();
-            for (i, picture) in self.keep_readable(decoded, observer) {
+            let (indices, pictures) = self.pictures.readable(decoded, observer);
+            for (i, picture) in indices.into_iter().zip(pictures) {
                 used += picture.data.len();
                 originals[i] = Some(picture);
             }
             if used > *budget {
                 return Ok("nothing");
             }
-            observer.progress(self.part.name(), done, self.samples.len());
+            observer.progress(self.part.name(), done, self.len());
         }
         *budget -= used;
         self.source = Source::Originals(Arc::new(originals));
@@ -260,57 +209,29 @@ impl<'a> Split<'a> {
         Ok("decoded pictures")
     }
 
-    /// One pass over all pictures in their order, those that cannot be read left out.
+    /// One pass over all pictures in their order, of which enough must be readable.
     fn for_each_decoded(
         &mut self,
         batch: usize,
         observer: &mut dyn Observer,
-        mut body: impl FnMut(&[usize], &[&[u8]], &Preprocess) -> Result<()>,
+        body: impl FnMut(&[usize], &[&[u8]]) -> Result<()>,
     ) -> Result<()> {
-        let mut done = 0;
-        let order = (0..self.len()).collect();
-        for decoded in decode_batches(self.samples.clone(), order, &self.preprocess, batch) {
-            self.stop.check()?;
-            done += decoded.len();
-            let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
-            let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
-            if !indices.is_empty() {
-                body(&indices, &pictures, &self.preprocess)?;
-            }
-            observer.progress(self.part.name(), done, self.len());
-        }
+        self.pictures.for_each_batch(&self.preprocess, batch, self.part.name(), observer, body)?;
         self.check_readable()
-    }
-
-    /// Leaves out what could not be decoded, and reports it the first time.
-    fn keep_readable<T>(&mut self, decoded: Vec<(usize, Result<T>)>, observer: &mut dyn Observer) -> Vec<(usize, T)> {
-        let mut good = Vec::with_capacity(decoded.len());
-        for (i, result) in decoded {
-            match result {
-                Ok(picture) => good.push((i, picture)),
-                Err(_) if self.bad[i] => {}
-                Err(error) => {
-                    self.bad[i] = true;
-                    let skipped = Skipped { file: self.samples[i].path.clone(), reason: error.to_string() };
-                    observer.skipped(&skipped);
-                    self.skipped.push(skipped);
-                }
-            }
-        }
-        good
     }
 
     /// An error if all pictures are known to be unreadable, for training those of a class. Call it after a full pass.
     fn check_readable(&self) -> Result<()> {
+        let Pictures { samples, bad, .. } = &self.pictures;
         let sample = match self.part {
             Part::Training => {
                 let mut readable = std::collections::BTreeMap::<usize, (usize, &Sample)>::new();
-                for (sample, &bad) in self.samples.iter().zip(&self.bad) {
+                for (sample, &bad) in samples.iter().zip(bad) {
                     readable.entry(sample.label).or_insert((0, sample)).0 += usize::from(!bad);
                 }
                 readable.values().find(|(count, _)| *count == 0).map(|(_, sample)| *sample)
             }
-            Part::Validation => self.samples.first().filter(|_| self.bad.iter().all(|&bad| bad)),
+            Part::Validation => samples.first().filter(|_| bad.iter().all(|&bad| bad)),
         };
         let Some(sample) = sample else { return Ok(()) };
         let folder = sample.path.parent().unwrap_or(&sample.path);
@@ -323,7 +244,7 @@ impl<'a> Split<'a> {
 
     /// What decodes picture `i` as `epoch` sees it, for sources that need work in every epoch.
     fn loader(&self, epoch: usize) -> impl Fn(usize) -> Result<Vec<u8>> + Send + Sync + use<> {
-        let (samples, preprocess) = (self.samples.clone(), self.preprocess.clone());
+        let (samples, preprocess) = (self.pictures.samples.clone(), self.preprocess.clone());
         let (augment, seed) = (self.augment, self.seed);
         let originals = match &self.source {
             Source::Originals(originals) => Some(originals.clone()),
@@ -361,7 +282,7 @@ impl<'a> Split<'a> {
         if matches!(self.source, Source::Files | Source::Originals(_)) {
             for decoded in batches(order.to_vec(), batch, self.loader(epoch)) {
                 done += decoded.len();
-                let (indices, pictures): (Vec<_>, Vec<_>) = self.keep_readable(decoded, observer).into_iter().unzip();
+                let (indices, pictures) = self.pictures.readable(decoded, observer);
                 let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();
                 let tensor = || images(&pictures, &self.preprocess, self.placement);
                 body(self.batch(&indices, || Ok(Input { stage: Stage::Stem, tensor: tensor()? }))?)?;
@@ -371,7 +292,7 @@ impl<'a> Split<'a> {
         }
         for chunk in order.chunks(batch) {
             done += chunk.len();
-            let indices: Vec<usize> = chunk.iter().copied().filter(|&i| !self.bad[i]).collect();
+            let indices: Vec<usize> = chunk.iter().copied().filter(|&i| !self.pictures.bad[i]).collect();
             body(self.batch(&indices, || self.kept(&indices))?)?;
             observer.progress(phase, done, total);
         }
@@ -382,7 +303,7 @@ impl<'a> Split<'a> {
         if indices.is_empty() {
             return Ok(None);
         }
-        let labels: Vec<i64> = indices.iter().map(|&i| self.samples[i].label as i64).collect();
+        let labels: Vec<i64> = indices.iter().map(|&i| self.pictures.samples[i].label as i64).collect();
         Ok(Some((input()?, Tensor::from_slice(&labels, [labels.len()])?)))
     }
 

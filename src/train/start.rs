@@ -9,6 +9,8 @@ use crate::error::Result;
 use crate::nn::ResNet18;
 use crate::tensor::Tensor;
 use crate::weights::WeightsFile;
+use fnv::FnvHasher;
+use std::hash::Hasher;
 
 /// The network with a head for `names`, and the preprocessing that its file and the settings ask for.
 pub fn load(config: &TrainConfig, names: &[String], observer: &mut dyn Observer) -> Result<(ResNet18, Preprocess)> {
@@ -40,16 +42,13 @@ pub fn load(config: &TrainConfig, names: &[String], observer: &mut dyn Observer)
 
 /// Labels and names of the pictures, by FNV-1a.
 pub fn fingerprint(dataset: &Dataset) -> Fingerprint {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut add = |bytes: &[u8]| {
-        bytes.iter().for_each(|&b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    };
+    let mut hash = FnvHasher::default();
     for sample in dataset.train.iter().chain(&dataset.val) {
-        add(&sample.label.to_le_bytes());
-        add(sample.path.file_name().unwrap_or_default().as_encoded_bytes());
+        hash.write(&sample.label.to_le_bytes());
+        hash.write(sample.path.file_name().unwrap_or_default().as_encoded_bytes());
     }
-    add(&dataset.train.len().to_le_bytes());
-    Fingerprint { classes: dataset.classes.clone(), hash: format!("{hash:016x}") }
+    hash.write(&dataset.train.len().to_le_bytes());
+    Fingerprint { classes: dataset.classes.clone(), hash: format!("{:016x}", hash.finish()) }
 }
 
 /// scikit-learn's "balanced": pictures over classes times the pictures of the class.
