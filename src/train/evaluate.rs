@@ -5,13 +5,13 @@ use super::inputs::images;
 use super::metrics::{Confusion, Tally};
 use super::model::Model;
 use super::pictures::{Pictures, Skipped};
-use super::stop::Stop;
 use crate::autograd::no_grad;
 use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::ops::{CrossEntropy, cross_entropy};
 use crate::tensor::Tensor;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Pictures sent through the network together.
 const BATCH: usize = 32;
@@ -33,11 +33,11 @@ pub struct Evaluation {
 /// Calls `body` with the indices and the image tensor of each batch of readable pictures; returns the others.
 fn for_each_batch(
     model: &Model,
-    samples: Vec<Sample>,
+    samples: Arc<[Sample]>,
     observer: &mut dyn Observer,
     mut body: impl FnMut(&[usize], &Tensor) -> Result<()>,
 ) -> Result<Vec<Skipped>> {
-    let mut all = Pictures::new(samples, Stop::default());
+    let mut all = Pictures::new(samples);
     all.for_each_batch(&model.preprocess, BATCH, "pictures", observer, |indices, pictures| {
         no_grad(|| body(indices, &images(pictures, &model.preprocess, model.placement)?))
     })?;
@@ -51,12 +51,12 @@ fn for_each_batch(
 
 /// Accuracy, loss and confusion over `samples`, whose labels are indices of the model's classes.
 pub fn evaluate(model: &Model, samples: Vec<Sample>, observer: &mut dyn Observer) -> Result<Evaluation> {
+    let samples: Arc<[Sample]> = samples.into();
     let mut tally = Tally::default();
     let mut confusion = Confusion::new(model.classes.len());
-    let all_labels: Vec<i64> = samples.iter().map(|sample| sample.label as i64).collect();
-    let skipped = for_each_batch(model, samples, observer, |indices, images| {
+    let skipped = for_each_batch(model, samples.clone(), observer, |indices, images| {
         let logits = model.network.forward(images, false)?;
-        let labels: Vec<i64> = indices.iter().map(|&i| all_labels[i]).collect();
+        let labels: Vec<i64> = indices.iter().map(|&i| samples[i].label as i64).collect();
         let targets = Tensor::from_slice(&labels, [labels.len()])?;
         let loss = cross_entropy(&logits, &targets, &CrossEntropy::default())?.item()?;
         let logits = logits.to_f32_vec()?;
@@ -73,8 +73,8 @@ pub fn evaluate(model: &Model, samples: Vec<Sample>, observer: &mut dyn Observer
     })
 }
 
-fn unlabelled(paths: &[PathBuf]) -> Vec<Sample> {
-    paths.iter().map(|path| Sample { path: path.clone(), label: 0 }).collect()
+fn unlabelled(paths: Vec<PathBuf>) -> Arc<[Sample]> {
+    paths.into_iter().map(|path| Sample { path, label: 0 }).collect()
 }
 
 /// What a model takes a picture for.
@@ -87,14 +87,15 @@ pub struct Prediction {
 
 /// The `top` most probable classes of every picture that can be read; the others are told to the observer.
 pub fn predict(model: &Model, paths: Vec<PathBuf>, top: usize, observer: &mut dyn Observer) -> Result<Vec<Prediction>> {
-    let mut predictions = Vec::with_capacity(paths.len());
-    for_each_batch(model, unlabelled(&paths), observer, |indices, images| {
+    let samples = unlabelled(paths);
+    let mut predictions = Vec::with_capacity(samples.len());
+    for_each_batch(model, samples.clone(), observer, |indices, images| {
         let logits = model.network.forward(images, false)?;
         for (&i, row) in indices.iter().zip(logits.to_f32_vec()?.chunks_exact(model.classes.len())) {
             let mut classes: Vec<(usize, f32)> = softmax(row).into_iter().enumerate().collect();
             classes.sort_by(|a, b| b.1.total_cmp(&a.1));
             classes.truncate(top);
-            predictions.push(Prediction { file: paths[i].clone(), classes });
+            predictions.push(Prediction { file: samples[i].path.clone(), classes });
         }
         Ok(())
     })?;
@@ -133,10 +134,11 @@ impl Features {
 
 /// Features and logits of every picture that can be read; the others are told to the observer.
 pub fn features_of(model: &Model, paths: Vec<PathBuf>, observer: &mut dyn Observer) -> Result<Features> {
+    let samples = unlabelled(paths);
     let mut all = Features::default();
-    for_each_batch(model, unlabelled(&paths), observer, |indices, images| {
+    for_each_batch(model, samples.clone(), observer, |indices, images| {
         all.add(model, images)?;
-        all.files.extend(indices.iter().map(|&i| paths[i].clone()));
+        all.files.extend(indices.iter().map(|&i| samples[i].path.clone()));
         Ok(())
     })?;
     Ok(all)

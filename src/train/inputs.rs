@@ -76,12 +76,14 @@ impl Part {
 /// Training or validation pictures.
 pub(super) struct Split<'a> {
     part: Part,
-    pictures: Pictures<'a>,
+    pictures: Pictures,
     preprocess: Preprocess,
     augment: Augment,
     seed: u64,
     placement: Placement,
     source: Source,
+    /// Looked at while pictures are decoded.
+    stop: Stop<'a>,
 }
 
 impl<'a> Split<'a> {
@@ -96,8 +98,8 @@ impl<'a> Split<'a> {
     ) -> Self {
         // What is mixed on the CPU goes to the card after that.
         let placement = if augment == Augment::Strong { Placement::default() } else { placement };
-        let (pictures, preprocess) = (Pictures::new(samples, stop), preprocess.clone());
-        Split { part, pictures, preprocess, augment, seed, placement, source: Source::Files }
+        let (pictures, preprocess) = (Pictures::new(samples.into()), preprocess.clone());
+        Split { part, pictures, preprocess, augment, seed, placement, source: Source::Files, stop }
     }
 
     pub fn len(&self) -> usize {
@@ -191,7 +193,7 @@ impl<'a> Split<'a> {
         let mut originals = vec![None; self.len()];
         let (mut used, mut done) = (0, 0);
         for decoded in batches((0..self.len()).collect(), batch, move |i| decode(&samples[i].path, exif)) {
-            self.pictures.stop.check()?;
+            self.stop.check()?;
             done += decoded.len();
             let (indices, pictures) = self.pictures.readable(decoded, observer);
             for (i, picture) in indices.into_iter().zip(pictures) {
@@ -214,9 +216,13 @@ impl<'a> Split<'a> {
         &mut self,
         batch: usize,
         observer: &mut dyn Observer,
-        body: impl FnMut(&[usize], &[&[u8]]) -> Result<()>,
+        mut body: impl FnMut(&[usize], &[&[u8]]) -> Result<()>,
     ) -> Result<()> {
-        self.pictures.for_each_batch(&self.preprocess, batch, self.part.name(), observer, body)?;
+        let Split { pictures, preprocess, stop, .. } = self;
+        pictures.for_each_batch(preprocess, batch, self.part.name(), observer, |indices, pictures| {
+            stop.check()?;
+            body(indices, pictures)
+        })?;
         self.check_readable()
     }
 

@@ -1,7 +1,6 @@
 //! Pictures read from files, in parallel and ahead of what is computed from them; those that cannot be read are told once.
 
 use super::Observer;
-use super::stop::Stop;
 use crate::data::{Preprocess, Sample, ordered_parallel};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
@@ -37,19 +36,17 @@ pub(super) fn batches<T: Send + 'static>(
 }
 
 /// Files of pictures, and which of them cannot be read.
-pub(super) struct Pictures<'a> {
+pub(super) struct Pictures {
     pub samples: Arc<[Sample]>,
     /// Known to be unreadable.
     pub bad: Vec<bool>,
     /// Those, with the reason.
     pub skipped: Vec<Skipped>,
-    /// Looked at in passes over all of them.
-    pub stop: Stop<'a>,
 }
 
-impl<'a> Pictures<'a> {
-    pub fn new(samples: Vec<Sample>, stop: Stop<'a>) -> Self {
-        Pictures { bad: vec![false; samples.len()], samples: samples.into(), skipped: Vec::new(), stop }
+impl Pictures {
+    pub fn new(samples: Arc<[Sample]>) -> Self {
+        Pictures { bad: vec![false; samples.len()], samples, skipped: Vec::new() }
     }
 
     /// The indices and contents of those that could be decoded; reports the others the first time.
@@ -90,7 +87,6 @@ impl<'a> Pictures<'a> {
         let (samples, preprocess, total) = (self.samples.clone(), preprocess.clone(), self.samples.len());
         let mut done = 0;
         for decoded in batches((0..total).collect(), batch, move |i| preprocess.load(&samples[i].path)) {
-            self.stop.check()?;
             done += decoded.len();
             let (indices, pictures) = self.readable(decoded, observer);
             let pictures: Vec<&[u8]> = pictures.iter().map(Vec::as_slice).collect();

@@ -4,8 +4,8 @@ use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Looked at wherever a run takes long. The default never asks.
-#[derive(Clone, Default)]
+/// Looked at wherever a run takes long.
+#[derive(Clone)]
 pub struct Stop<'a> {
     asked: Option<&'a AtomicBool>,
     run: PathBuf,
