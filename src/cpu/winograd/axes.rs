@@ -178,6 +178,22 @@ pub(super) trait AlongBoth {
         sink: impl Sink<S, N>,
     ) {
         // SAFETY: the contract.
+        unsafe { self.through_rooms(simd, rooms, sources, sink) };
+    }
+
+    /// [`AlongBoth::apply`], whatever the transform.
+    ///
+    /// # Safety
+    /// As for the two.
+    #[inline(always)]
+    unsafe fn through_rooms<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        rooms: &mut [Room; N],
+        sources: [impl Source<S>; N],
+        sink: impl Sink<S, N>,
+    ) {
+        // SAFETY: the contract.
         unsafe {
             for (room, source) in rooms.iter_mut().zip(&sources) {
                 self.columns(simd, room, source);
@@ -246,6 +262,89 @@ impl<X: OfTiles> AlongBoth for OfTile<X> {
         // SAFETY: the contract.
         with_outputs!(X::AXIS, across, M => unsafe { along_rows::<X::Of<M>, S, N>(simd, rooms, rows, sink) });
     }
+
+    #[inline(always)]
+    unsafe fn apply<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        rooms: &mut [Room; N],
+        sources: [impl Source<S>; N],
+        sink: impl Sink<S, N>,
+    ) {
+        // SAFETY: the contract.
+        unsafe {
+            if const { X::AXIS.outputs == 4 && fits_registers::<X::Of<4>, S>() } && self.outputs == [4, 4] {
+                in_registers::<X::Of<4>, S, N>(simd, rooms, sources, sink);
+            } else {
+                self.through_rooms(simd, rooms, sources, sink);
+            }
+        }
+    }
+}
+
+/// Values or results along an axis of a transform whose vectors between the axes registers hold, but for a few.
+const FEW: usize = 6;
+
+/// Whether a transform is such. With a stride, of five, it was no faster.
+const fn fits_registers<A: Transform, S: Simd>() -> bool {
+    let most = if A::VALUES > A::RESULTS { A::VALUES } else { A::RESULTS };
+    S::REGISTERS >= 32 && most == FEW
+}
+
+/// `A` along the columns of each source, and then along the rows of all, the last source's vectors between the two in registers.
+///
+/// # Safety
+/// As for [`AlongBoth::apply`].
+#[inline(always)]
+unsafe fn in_registers<A: Transform, S: Simd, const N: usize>(
+    simd: S,
+    rooms: &mut [Room; N],
+    sources: [impl Source<S>; N],
+    sink: impl Sink<S, N>,
+) {
+    debug_assert!(const { fits_registers::<A, S>() });
+    let zero = simd.splat(0.0);
+    for (room, source) in rooms.iter_mut().zip(&sources).take(N - 1) {
+        // SAFETY: the contract.
+        unsafe { along_columns::<A, S>(simd, room, source, A::VALUES) };
+    }
+    let (last, mut between) = (&sources[N - 1], [[zero; MAX]; FEW]);
+    let inside = last.columns();
+    unrolled!(J in 0 1 2 3 4 5 => {
+        if const { J < A::VALUES } {
+            last.prefetch(simd, J);
+            let mut column = [zero; MAX];
+            if inside.contains(&J) {
+                // SAFETY: the contract.
+                column = vectors!(simd, A::VALUES, I => unsafe { last.load(simd, I, J) });
+            }
+            let results = A::apply(simd, &column);
+            unrolled!(I in 0 1 2 3 4 5 => { between[I][J] = results[I]; });
+        }
+    });
+    unrolled!(I in 0 1 2 3 4 5 => {
+        if const { A::GIVES[I] } {
+            let mut rows = [between[I]; N];
+            for (row, room) in rows.iter_mut().zip(&mut *rooms).take(N - 1) {
+                let room = room.at::<S>(I, 0);
+                // SAFETY: columns have stored vector `[I, J]` of the room.
+                *row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
+            }
+            for row in &mut rows {
+                *row = A::apply(simd, row);
+            }
+            unrolled!(J in 0 1 2 3 4 5 => {
+                if const { A::GIVES[J] } {
+                    let mut values = [zero; N];
+                    for (value, row) in values.iter_mut().zip(&rows) {
+                        *value = row[J];
+                    }
+                    // SAFETY: the contract.
+                    unsafe { sink.store(simd, I, J, values) };
+                }
+            });
+        }
+    });
 }
 
 /// `D` along so many columns, to the room.

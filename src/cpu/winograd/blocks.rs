@@ -70,19 +70,6 @@ impl<W: Float> BlockFilter<W> {
         });
         BlockFilter { isa, panels: packed, c, o }
     }
-
-    /// Where the panel's filters at the position after `position` begin, if there is one.
-    #[inline(always)]
-    fn after(&self, position: usize, panel: usize) -> *const f32 {
-        let between = self.panels.len() / const { values::<W>(1).pow(2) };
-        self.panel(position, panel).as_ptr().wrapping_add(between).cast()
-    }
-
-    #[inline(always)]
-    fn panel(&self, position: usize, panel: usize) -> &[W] {
-        let width = self.isa.tile_columns();
-        &self.panels[(position * self.o.div_ceil(width) + panel) * self.c * width..][..self.c * width]
-    }
 }
 
 /// The transpose of `[rows, columns]`.
@@ -233,40 +220,34 @@ impl<W: Float> Task for Panel<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (width, depth, across) = (S::LANES * S::VECTORS, self.filter.c, const { values::<W>(1) });
-        let position_len = self.part.room() * width;
-        let tile_len = across * across * depth;
-        // Where the inputs of the tiles begin, at the first position, of those that a position has six at a time: which they are depends on the
-        // edges that have it.
-        let runs_of = |tiles: Range<usize>| -> Vec<[*const f32; TILE_ROWS]> {
-            let start = |tile: usize| self.inputs[tile * tile_len..][..tile_len].as_ptr().cast();
-            let groups = tiles.clone().step_by(TILE_ROWS);
-            groups.map(|first| std::array::from_fn(|lane| start((first + lane).min(tiles.end - 1)))).collect()
-        };
-        let runs =
-            [false, true].map(|bottom| [false, true].map(|right| runs_of(self.part.tiles_having([bottom, right]))));
-        let mut pixels = self.pixels;
-        for (position, products) in self.products.chunks_exact_mut(position_len).enumerate() {
-            let b = self.filter.panel(position, self.panel);
-            assert!(b.len() >= depth * width);
-            let edges = self.part.edges_have([position / across, position % across]);
-            let (runs, tiles) = (&runs[usize::from(edges[0])][usize::from(edges[1])], self.part.tiles_having(edges));
-            let (words, count) = (depth / W::PER_WORD, runs.len());
+        let Panel { inputs, part, filter, panel, columns, mut pixels, products } = self;
+        let (width, depth, across) = (S::LANES * S::VECTORS, filter.c, const { values::<W>(1) });
+        let (words, panel_len, position_len) = (depth / W::PER_WORD, depth * width, part.room() * width);
+        // Floats of a tile, and values of all panels of a position.
+        let (tile_len, panels_len) = (across * across * words, filter.panels.len() / (across * across));
+        let filters = &filter.panels[panel * panel_len..];
+        assert!(inputs.len() >= part.places.len() * across * across * depth);
+        for (position, products) in products.chunks_exact_mut(position_len).enumerate() {
+            let b = &filters[position * panels_len..][..panel_len];
             // The filters at the next position.
-            let next = self.filter.after(position, self.panel);
-            let groups = runs.chunks_exact(1).enumerate();
-            for ((i, runs), sums) in groups.zip(products.chunks_exact_mut(TILE_ROWS * width)) {
-                let extents = [TILE_ROWS.min(tiles.len() - i * TILE_ROWS), self.columns];
-                let filters @ Far([first, second]) = Far::share(next, words * width, [i, count], words);
-                // SAFETY: a tile has `depth` values at each position, `b` has as many full rows, and there is room for a full
+            let next = b.as_ptr().wrapping_add(panels_len).cast();
+            let tiles = part.tiles_at([position / across, position % across]);
+            let groups = tiles.len().div_ceil(TILE_ROWS);
+            let sums = products.chunks_exact_mut(TILE_ROWS * width);
+            for (i, (first, sums)) in tiles.clone().step_by(TILE_ROWS).zip(sums).enumerate() {
+                let rows = TILE_ROWS.min(tiles.end - first);
+                let start = inputs.as_ptr().cast::<f32>().wrapping_add(first * tile_len + position * words);
+                let runs = &[std::array::from_fn(|lane| start.wrapping_add(lane.min(rows - 1) * tile_len))];
+                let filters @ Far([first, second]) = Far::share(next, words * width, [i, groups], words);
+                // SAFETY: a tile has `depth` values at each position, as asserted, `b` has as many full rows, and there is room for a full
                 // tile of sums.
                 unsafe {
                     if let Some(pixels) = &mut pixels {
                         let [written, read] = pixels;
                         let ahead = Far([first, second, written.next(words), read.next(words)]);
-                        products_of(simd, runs, [position * words, words], b, extents, sums, ahead);
+                        products_of(simd, runs, words, b, [rows, columns], sums, ahead);
                     } else {
-                        products_of(simd, runs, [position * words, words], b, extents, sums, filters);
+                        products_of(simd, runs, words, b, [rows, columns], sums, filters);
                     }
                 }
             }
@@ -274,7 +255,7 @@ impl<W: Float> Task for Panel<'_, W> {
     }
 }
 
-/// The products of a tile over so many words from `first` on.
+/// The products of a tile over so many words.
 ///
 /// # Safety
 /// Runs have these words, `b` as many full rows; there is room for a full tile of sums.
@@ -282,7 +263,7 @@ impl<W: Float> Task for Panel<'_, W> {
 unsafe fn products_of<S: Simd, W: Float>(
     simd: S,
     runs: &[[*const f32; TILE_ROWS]],
-    [first, words]: [usize; 2],
+    words: usize,
     b: &[W],
     extents: [usize; 2],
     sums: &mut [f32],
@@ -290,5 +271,5 @@ unsafe fn products_of<S: Simd, W: Float>(
 ) {
     let tile = Tile::of_sums(runs, words, b, extents, sums.as_mut_ptr(), ahead);
     // SAFETY: the contract.
-    unsafe { Tile { first, ..tile }.compute(simd) };
+    unsafe { tile.compute(simd) };
 }
