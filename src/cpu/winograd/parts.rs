@@ -148,7 +148,7 @@ impl Part {
     }
 
     /// Whether tiles at the bottom have position `[i, j]`, and those at the right edge.
-    pub fn edges_have(&self, [i, j]: [usize; 2]) -> [bool; 2] {
+    fn edges_have(&self, [i, j]: [usize; 2]) -> [bool; 2] {
         [i < self.edges[0], j < self.edges[1]]
     }
 
