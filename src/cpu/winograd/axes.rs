@@ -153,6 +153,12 @@ pub(super) fn vector_ahead<S: Simd>(
 
 /// A transform along both axes. Mark its methods `#[inline(always)]`.
 pub(super) trait AlongBoth {
+    /// That along either axis of those whose vectors between the two may fit registers.
+    type Small: Transform;
+
+    /// Whether it is such.
+    fn is_small(&self) -> bool;
+
     /// Along the columns, to the room.
     ///
     /// # Safety
@@ -178,23 +184,10 @@ pub(super) trait AlongBoth {
         sink: impl Sink<S, N>,
     ) {
         // SAFETY: the contract.
-        unsafe { self.through_rooms(simd, rooms, sources, sink) };
-    }
-
-    /// [`AlongBoth::apply`], whatever the transform.
-    ///
-    /// # Safety
-    /// As for the two.
-    #[inline(always)]
-    unsafe fn through_rooms<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        rooms: &mut [Room; N],
-        sources: [impl Source<S>; N],
-        sink: impl Sink<S, N>,
-    ) {
-        // SAFETY: the contract.
         unsafe {
+            if const { fits_registers::<Self::Small, S>() } && self.is_small() {
+                return in_registers::<Self::Small, S, N>(simd, rooms, sources, sink);
+            }
             for (room, source) in rooms.iter_mut().zip(&sources) {
                 self.columns(simd, room, source);
             }
@@ -213,6 +206,13 @@ impl<D, A> Along<D, A> {
 }
 
 impl<D: Transform, A: Transform> AlongBoth for Along<D, A> {
+    type Small = D;
+
+    #[inline(always)]
+    fn is_small(&self) -> bool {
+        false
+    }
+
     #[inline(always)]
     unsafe fn columns<S: Simd>(&self, simd: S, room: &mut Room, source: &impl Source<S>) {
         // SAFETY: the contract.
@@ -246,6 +246,13 @@ impl<X> OfTile<X> {
 }
 
 impl<X: OfTiles> AlongBoth for OfTile<X> {
+    type Small = X::Of<4>;
+
+    #[inline(always)]
+    fn is_small(&self) -> bool {
+        X::AXIS.outputs == 4 && self.outputs == [4, 4]
+    }
+
     #[inline(always)]
     unsafe fn columns<S: Simd>(&self, simd: S, room: &mut Room, source: &impl Source<S>) {
         let [down, across] = self.outputs;
@@ -261,24 +268,6 @@ impl<X: OfTiles> AlongBoth for OfTile<X> {
         let rows = (0..MAX).filter(|&i| given[i]);
         // SAFETY: the contract.
         with_outputs!(X::AXIS, across, M => unsafe { along_rows::<X::Of<M>, S, N>(simd, rooms, rows, sink) });
-    }
-
-    #[inline(always)]
-    unsafe fn apply<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        rooms: &mut [Room; N],
-        sources: [impl Source<S>; N],
-        sink: impl Sink<S, N>,
-    ) {
-        // SAFETY: the contract.
-        unsafe {
-            if const { X::AXIS.outputs == 4 && fits_registers::<X::Of<4>, S>() } && self.outputs == [4, 4] {
-                in_registers::<X::Of<4>, S, N>(simd, rooms, sources, sink);
-            } else {
-                self.through_rooms(simd, rooms, sources, sink);
-            }
-        }
     }
 }
 
@@ -325,24 +314,13 @@ unsafe fn in_registers<A: Transform, S: Simd, const N: usize>(
     unrolled!(I in 0 1 2 3 4 5 => {
         if const { A::GIVES[I] } {
             let mut rows = [between[I]; N];
-            for (row, room) in rows.iter_mut().zip(&mut *rooms).take(N - 1) {
-                let room = room.at::<S>(I, 0);
-                // SAFETY: columns have stored vector `[I, J]` of the room.
-                *row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
-            }
-            for row in &mut rows {
-                *row = A::apply(simd, row);
-            }
-            unrolled!(J in 0 1 2 3 4 5 => {
-                if const { A::GIVES[J] } {
-                    let mut values = [zero; N];
-                    for (value, row) in values.iter_mut().zip(&rows) {
-                        *value = row[J];
-                    }
-                    // SAFETY: the contract.
-                    unsafe { sink.store(simd, I, J, values) };
+            // SAFETY: the columns of all sources but the last have stored these rows; the contract.
+            unsafe {
+                for (row, room) in rows.iter_mut().zip(&mut *rooms).take(N - 1) {
+                    *row = row_of::<A, S>(simd, room, I);
                 }
-            });
+                along_row::<A, S, N>(simd, I, rows, &sink);
+            }
         }
     });
 }
@@ -390,24 +368,52 @@ unsafe fn along_rows<A: Transform, S: Simd, const N: usize>(
     sink: impl Sink<S, N>,
 ) {
     for i in rows {
-        let mut results = [[simd.splat(0.0); MAX]; N];
-        for (results, room) in results.iter_mut().zip(&mut *rooms) {
-            let room = room.at::<S>(i, 0);
-            // SAFETY: the contract.
-            let row = vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) });
-            *results = A::apply(simd, &row);
-        }
-        unrolled!(J => {
-            if const { A::GIVES[J] } {
-                let mut values = [results[0][J]; N];
-                for (value, results) in values.iter_mut().zip(&results) {
-                    *value = results[J];
-                }
-                // SAFETY: the contract.
-                unsafe { sink.store(simd, i, J, values) };
+        let mut values = [[simd.splat(0.0); MAX]; N];
+        // SAFETY: the contract.
+        unsafe {
+            for (values, room) in values.iter_mut().zip(&mut *rooms) {
+                *values = row_of::<A, S>(simd, room, i);
             }
-        });
+            along_row::<A, S, N>(simd, i, values, &sink);
+        }
     }
+}
+
+/// What columns have left in row `i` of a room.
+///
+/// # Safety
+/// They have stored a vector for each value of `A`.
+#[inline(always)]
+unsafe fn row_of<A: Transform, S: Simd>(simd: S, room: &mut Room, i: usize) -> [S::V; MAX] {
+    let room = room.at::<S>(i, 0);
+    // SAFETY: the contract.
+    vectors!(simd, A::VALUES, J => unsafe { simd.load(room.add(J * S::LANES)) })
+}
+
+/// `A` along row `i` of each source, to the sink.
+///
+/// # Safety
+/// The sink has room for each of its results.
+#[inline(always)]
+unsafe fn along_row<A: Transform, S: Simd, const N: usize>(
+    simd: S,
+    i: usize,
+    mut rows: [[S::V; MAX]; N],
+    sink: &impl Sink<S, N>,
+) {
+    for row in &mut rows {
+        *row = A::apply(simd, row);
+    }
+    unrolled!(J => {
+        if const { A::GIVES[J] } {
+            let mut values = [rows[0][J]; N];
+            for (value, row) in values.iter_mut().zip(&rows) {
+                *value = row[J];
+            }
+            // SAFETY: the contract.
+            unsafe { sink.store(simd, i, J, values) };
+        }
+    });
 }
 
 /// A transform of the first and the last source of a word, to vectors of words; those from `next` on are to be stored next.
