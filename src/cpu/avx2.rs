@@ -101,6 +101,11 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_fours(self, p: *const f32, apart: usize) -> __m256 {
+        // SAFETY: `self` proves the feature; the caller vouches for the places.
+        unsafe { _mm256_set_m128(_mm_loadu_ps(p.add(apart)), _mm_loadu_ps(p)) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
         // SAFETY: `self` proves the feature; the caller vouches for `p`.
         unsafe {

@@ -97,6 +97,15 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn load_fours(self, p: *const f32, apart: usize) -> __m512 {
+        // SAFETY: `self` proves the feature; the caller vouches for the places.
+        unsafe {
+            let low = _mm256_set_m128(_mm_loadu_ps(p.add(apart)), _mm_loadu_ps(p));
+            let high = _mm256_set_m128(_mm_loadu_ps(p.add(3 * apart)), _mm_loadu_ps(p.add(2 * apart)));
+            _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
+        }
+    }
+    #[inline(always)]
     unsafe fn spread_pixels(self, from: *const bf16, to: *mut bf16) {
         // SAFETY: `self` proves the feature; the caller vouches for the rest.
         unsafe {

@@ -201,17 +201,23 @@ pub fn copy<A: Float, B: Float>(x: &[A], y: &mut [B]) {
         const BF16: bool = A::PER_WORD * B::PER_WORD > 1;
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            let (x, mut y) = (self.0.chunks_exact(S::LANES), self.1.chunks_exact_mut(S::LANES));
-            let rest = x.remainder();
-            for (x, y) in x.zip(&mut y) {
-                // SAFETY: both pieces have `LANES` values.
-                unsafe { B::store(simd, y.as_mut_ptr(), A::load(simd, x.as_ptr())) };
-            }
-            y.into_remainder().iter_mut().zip(rest).for_each(|(y, x)| *y = B::from_f32(x.to_f32()));
+            copy_with(simd, self.0, self.1);
         }
     }
     assert_eq!(x.len(), y.len());
     dispatch(Isa::current(), Copy(x, y));
+}
+
+/// [`copy`] within a task.
+#[inline(always)]
+pub(super) fn copy_with<S: Simd, A: Float, B: Float>(simd: S, x: &[A], y: &mut [B]) {
+    let (x, mut y) = (x.chunks_exact(S::LANES), y.chunks_exact_mut(S::LANES));
+    let rest = x.remainder();
+    for (x, y) in x.zip(&mut y) {
+        // SAFETY: both pieces have `LANES` values.
+        unsafe { B::store(simd, y.as_mut_ptr(), A::load(simd, x.as_ptr())) };
+    }
+    y.into_remainder().iter_mut().zip(rest).for_each(|(y, x)| *y = B::from_f32(x.to_f32()));
 }
 
 /// `x` to `parts[..][at..]`: the nearest bf16, then the nearest of what is left, and so on.

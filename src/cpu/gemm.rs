@@ -19,7 +19,7 @@ use super::gather::Gather;
 use super::parallel::for_each;
 use super::simd::{Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-pub(super) use ahead::{Ahead, Far, Near, Stream};
+pub(super) use ahead::{Ahead, Far, Near, Parts, Stream};
 pub use epilogue::Epilogue;
 pub(super) use epilogue::Output;
 pub use packed::PackedB;

@@ -131,6 +131,22 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             [self.load(first), self.load(second)]
         }
     }
+    /// Four values from each of `LANES / 4` places, `apart` values from each other.
+    ///
+    /// # Safety
+    /// `p` is valid for reading from there to the last place's four values.
+    #[inline(always)]
+    unsafe fn load_fours(self, p: *const f32, apart: usize) -> Self::V {
+        const { assert!(Self::LANES <= 16) };
+        let mut lanes = [0.0; 16];
+        // SAFETY: the contract; there are 16 lanes.
+        unsafe {
+            for (i, four) in lanes.as_chunks_mut().0.iter_mut().enumerate().take(Self::LANES / 4) {
+                *four = p.add(i * apart).cast::<[f32; 4]>().read_unaligned();
+            }
+            self.load(lanes.as_ptr())
+        }
+    }
     /// `LANES / 2` pixels of three bf16, one after the other, to as many of four, the last of which is zero.
     ///
     /// # Safety

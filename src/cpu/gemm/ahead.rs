@@ -30,6 +30,27 @@ impl Stream {
     }
 }
 
+/// What so many tiles ask for, a part each.
+pub(in crate::cpu) struct Parts {
+    next: *const f32,
+    each: usize,
+}
+
+impl Parts {
+    /// Of `len` values from `from` on, which may lie anywhere.
+    pub(in crate::cpu) fn new<T>(from: *const T, len: usize, tiles: usize) -> Self {
+        Parts { next: from.cast(), each: (len * size_of::<T>()).div_ceil(size_of::<f32>() * tiles.max(1)) }
+    }
+
+    /// The next part, to be asked for while `words` words are multiplied.
+    #[inline(always)]
+    pub(in crate::cpu) fn next(&mut self, words: usize) -> Stream {
+        let part = self.next;
+        self.next = part.wrapping_add(self.each);
+        Stream::new(part, self.each, words)
+    }
+}
+
 /// What a tile asks for while it multiplies.
 pub(in crate::cpu) trait Ahead: Copy {
     /// With each word. Mark it `#[inline(always)]`.
@@ -39,6 +60,15 @@ pub(in crate::cpu) trait Ahead: Copy {
 
 /// Nothing.
 impl Ahead for () {}
+
+/// Both.
+impl<A: Ahead, B: Ahead> Ahead for (A, B) {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S) {
+        self.0.ask(simd);
+        self.1.ask(simd);
+    }
+}
 
 /// What the next tile needs, into L1.
 #[derive(Clone, Copy)]

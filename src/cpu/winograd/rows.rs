@@ -12,8 +12,8 @@ use super::check_operands;
 use super::points::*;
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
-use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Near, Output, Stream, TILE_ROWS, Tile};
+use crate::cpu::float::{Float, copy_with};
+use crate::cpu::gemm::{Epilogue, Far, Near, Output, Parts, Stream, TILE_ROWS, Tile};
 use crate::cpu::parallel::{for_each, piece};
 use crate::cpu::pool::{PoolShape, max_pool_as_computed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -49,14 +49,31 @@ const fn planes<W: Float>() -> usize {
     PHASES / W::PER_WORD
 }
 
+/// Planes that products are taken of before each position, and of all positions.
+const fn planes_before<W: Float>() -> [usize; MAX + 1] {
+    let (mut before, mut position) = ([0; MAX + 1], 0);
+    while position < all_positions::<W>() {
+        let (mut count, mut slot) = (0, 0);
+        while slot < slots(row_axis::<W>()) {
+            count += (position_of(row_axis::<W>(), slot) == position) as usize;
+            slot += 1;
+        }
+        before[position + 1] = before[position] + count.div_ceil(W::PER_WORD);
+        position += 1;
+    }
+    before
+}
+
 /// Planes of a position that products are taken of.
 pub(super) fn planes_at<W: Float>(position: usize) -> usize {
-    slots_at(row_axis::<W>(), position).count().div_ceil(W::PER_WORD)
+    let before = const { planes_before::<W>() };
+    before[position + 1] - before[position]
 }
 
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
 pub(super) fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
-    (0..position).map(|position| rows * planes_at::<W>(position) * c).sum()
+    let before = const { planes_before::<W>() };
+    before[position] * rows * c
 }
 
 impl<W: Float> RowFilter<W> {
@@ -149,6 +166,7 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
         let seen = &self.seen;
         let ConvShape { c, o, kh, .. } = *seen.shape;
         let inputs = seen.transform(simd);
+        let inputs = &*inputs;
         let (count, width) = (seen.tiles(), S::LANES * S::VECTORS);
         let room = count.next_multiple_of(TILE_ROWS);
         // [position][tile][column]
@@ -159,7 +177,7 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
             let mut runs = Vec::with_capacity(room / TILE_ROWS * kh * planes);
             for start in (0..count).step_by(TILE_ROWS) {
                 let first: [_; TILE_ROWS] =
-                    std::array::from_fn(|lane| seen.tile(&inputs, (start + lane).min(count - 1)).as_ptr());
+                    std::array::from_fn(|lane| seen.tile(inputs, (start + lane).min(count - 1)).as_ptr());
                 for at in (0..kh).flat_map(|row| (0..planes).map(move |plane| seen.offset([row, 0, plane]))) {
                     runs.push(first.map(|first| first.wrapping_add(at).cast::<f32>()));
                 }
@@ -168,6 +186,10 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
         });
         let row = width * W::PER_WORD;
         let depth = depth_before::<W>(all_positions::<W>(), kh, c);
+        // Products leave memory idle, and transforms wait for nothing else.
+        let products = o.div_ceil(width) * all_positions::<W>() * (room / TILE_ROWS);
+        let mut written = self.results(products);
+        let mut read = seen.next_pixels(products);
         for (panel, filters) in self.filter.panels.chunks_exact(depth * row).enumerate() {
             let columns = width.min(o - panel * width);
             for (position, sums) in sums.chunks_exact_mut(room * width).enumerate() {
@@ -181,21 +203,26 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                     let first = seen.offset([0, position, 0]) / W::PER_WORD;
                     // The next tile's sums, which follow.
                     let next = sums.as_ptr_range().end;
-                    let ahead = Near([Stream::new(next, TILE_ROWS * width, runs.len() * c)]);
+                    let words = runs.len() * c;
+                    let near = Near([Stream::new(next, TILE_ROWS * width, words)]);
+                    let ahead = (near, Far([written.next(words), read.next(words)]));
                     let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr(), ahead) };
                     // SAFETY: a tile has its words at every place of every row, and `b` has as many rows as runs have words, as
                     // asserted; there is a full tile of sums.
                     unsafe { tile.compute(simd) };
                 }
             }
+            let channels = panel * width..panel * width + columns;
             for tile in 0..count {
-                self.transform_outputs(
-                    simd,
-                    tile,
-                    panel * width..panel * width + columns,
-                    &sums[tile * width..],
-                    room * width,
-                );
+                let sums = &sums[tile * width..];
+                let whole = const { row_axis::<W>().outputs };
+                match self.seen.outputs(tile) {
+                    // Then there is nothing to decide for each output.
+                    (first, count) if count == whole => {
+                        self.transform_outputs(simd, first, whole, channels.clone(), sums, room * width)
+                    }
+                    (first, count) => self.transform_outputs(simd, first, count, channels.clone(), sums, room * width),
+                }
             }
         }
     }
@@ -241,6 +268,14 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
         first + self.rows.start..first + self.rows.end
     }
 
+    /// The pixels that the next part sees and this one does not, or what follows an image, for so many tiles to ask for.
+    pub fn next_pixels(&self, tiles: usize) -> Parts {
+        let ConvShape { h, w, c, kh, stride, padding, .. } = *self.shape;
+        let seen = ((self.rows.end - 1) * stride[0] + kh).saturating_sub(padding[0]).min(h);
+        let first = self.x.as_ptr().wrapping_add((self.image * h + seen) * w * c);
+        Parts::new(first, self.rows.len() * stride[0] * w * c, tiles)
+    }
+
     /// Tiles of all rows.
     pub fn tiles(&self) -> usize {
         self.rows.len() * self.across
@@ -279,37 +314,22 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
         let rows = (self.rows.len() - 1) * stride[0] + kh;
         let (tiles, row_len, plane) = (self.across, self.offset([1, 0, 0]), self.offset([0, 0, 1]));
         let mut out = Scratch::<W>::take(rows * row_len);
-        // The rows between zeros, and the pixels of one of them as a vector takes them: `[phase][pixel of a tile][tile][channel]`, where
-        // inputs of a tile that follow its outputs are the next one's.
-        let room = tiles.next_multiple_of(TILES) + 1;
-        let padded_len = (room * outputs * PHASES).max(w + padding[1]) * c + MAX_CHANNELS;
-        let mut padded = Scratch::<f32>::take(rows * padded_len);
+        // A row between zeros. Inputs of a tile that follow its outputs are the next one's, and after a pixel's channels others' are read.
+        let pixels = (tiles.next_multiple_of(TILES) * outputs * PHASES + ROW_TAPS).max(w + padding[1]);
+        let mut padded = Scratch::<f32>::take(pixels * c + MAX_CHANNELS);
         padded.fill(0.0);
-        let first = self.rows.start * stride[0];
-        let inside = first.max(padding[0])..(first + rows).min(h + padding[0]);
-        if !inside.is_empty() {
-            let x = &self.x[(self.image * h + inside.start - padding[0]) * w * c..][..inside.len() * w * c];
-            T::read(x, |x| {
-                for (row, x) in inside.zip(x.chunks_exact(w * c)) {
-                    padded[(row - first) * padded_len + padding[1] * c..][..w * c].copy_from_slice(x);
-                }
-            });
-        }
-        let mut pixels = Scratch::<f32>::take(PHASES * outputs * room * MAX_CHANNELS);
-        let pixels = &mut *pixels;
-        for (padded, out) in padded.chunks_exact(padded_len).zip(out.chunks_exact_mut(row_len)) {
-            for tile in 0..room {
-                let padded = &padded[tile * outputs * PHASES * c..][..outputs * PHASES * c + MAX_CHANNELS - c];
-                for pixel in 0..outputs * PHASES {
-                    let to = (pixel % PHASES * outputs + pixel / PHASES) * room + tile;
-                    // What follows the channels is not read.
-                    pixels[to * MAX_CHANNELS..][..MAX_CHANNELS].copy_from_slice(&padded[pixel * c..][..MAX_CHANNELS]);
-                }
-            }
+        let padded = &mut *padded;
+        for (row, out) in out.chunks_exact_mut(row_len).enumerate() {
+            let Some(row) = (self.rows.start * stride[0] + row).checked_sub(padding[0]).filter(|&row| row < h) else {
+                out.fill(W::default());
+                continue;
+            };
+            let x = &self.x[(self.image * h + row) * w * c..][..w * c];
+            copy_with(simd, x, &mut padded[padding[1] * c..][..w * c]);
             for tile in (0..tiles).step_by(S::LANES / MAX_CHANNELS) {
                 let [first, second] = [
-                    self.transform_phase::<S, 0>(simd, pixels, room, tile),
-                    self.transform_phase::<S, 1>(simd, pixels, room, tile),
+                    self.transform_phase::<S, 0>(simd, padded, tile),
+                    self.transform_phase::<S, 1>(simd, padded, tile),
                 ];
                 let out = &mut out[tile * MAX_CHANNELS * W::PER_WORD..];
                 unrolled!(POSITION => {
@@ -331,28 +351,40 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
 
     /// `B^T d` of a phase of as many tiles as a vector has, from `tile` on.
     #[inline(always)]
-    fn transform_phase<S: Simd, const PHASE: usize>(
-        &self,
-        simd: S,
-        pixels: &[f32],
-        room: usize,
-        tile: usize,
-    ) -> [S::V; MAX] {
-        let outputs = const { row_axis::<W>().outputs };
+    fn transform_phase<S: Simd, const PHASE: usize>(&self, simd: S, padded: &[f32], tile: usize) -> [S::V; MAX] {
+        let (c, apart) = (self.shape.c, row_axis::<W>().outputs * PHASES * self.shape.c);
+        let tiles = S::LANES / MAX_CHANNELS;
+        let last = (tiles - 1) * apart + ((RowInput::<W, PHASE>::VALUES - 1) * PHASES + PHASE) * c + MAX_CHANNELS;
+        let from = padded[tile * apart..][..last].as_ptr();
         let values = vectors!(simd, RowInput::<W, PHASE>::VALUES, I => {
-            let at = ((PHASE * outputs + I % outputs) * room + tile + I / outputs) * MAX_CHANNELS;
-            // SAFETY: a vector, as sliced.
-            unsafe { simd.load(pixels[at..][..S::LANES].as_ptr()) }
+            // SAFETY: those of the last tile end where the slice does.
+            unsafe { simd.load_fours(from.add((I * PHASES + PHASE) * c), apart) }
         });
         RowInput::<W, PHASE>::apply(simd, &values)
     }
 }
 
 impl<T: Float, W: Float> Rows<'_, T, W> {
-    /// `A^T m` of a tile and some channels with the epilogue, to the outputs that lie inside the image.
+    /// Where its results go, for so many tiles to ask for.
+    fn results(&self, tiles: usize) -> Parts {
+        let (rows, row_len) = (self.seen.rows(), self.seen.output[1] * self.seen.shape.o);
+        Parts::new(self.y.pointer().wrapping_add(rows.start * row_len - self.before), rows.len() * row_len, tiles)
+    }
+
+    /// `A^T m` of a tile and some channels with the epilogue, to `count` outputs from the `first` on.
     #[inline(always)]
-    fn transform_outputs<S: Simd>(&self, simd: S, tile: usize, channels: Range<usize>, sums: &[f32], stride: usize) {
-        let (o, (first, count)) = (self.seen.shape.o, self.seen.outputs(tile));
+    fn transform_outputs<S: Simd>(
+        &self,
+        simd: S,
+        first: usize,
+        count: usize,
+        channels: Range<usize>,
+        sums: &[f32],
+        stride: usize,
+    ) {
+        // A copy, which stays in registers.
+        let (epilogue, o) = (self.epilogue, self.seen.shape.o);
+        let from = first * o - self.before;
         assert!(
             sums.len() >= (all_positions::<W>() - 1) * stride + channels.len()
                 && channels.len().is_multiple_of(S::LANES)
@@ -364,11 +396,11 @@ impl<T: Float, W: Float> Rows<'_, T, W> {
             });
             let outputs = RowSums::<W>::apply(simd, &values);
             // SAFETY: a bias has as many values as there are columns.
-            let bias = self.epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
+            let bias = epilogue.bias.map(|bias| unsafe { simd.load(bias[channel..][..S::LANES].as_ptr()) });
             unrolled!(J => {
                 if const { J < row_axis::<W>().outputs } && J < count {
                     // SAFETY: the output lies inside the image and is this task's alone; the residual is as long.
-                    unsafe { self.epilogue.store(simd, outputs[J], bias, self.y.pointer(), (first + J) * o + channel - self.before) };
+                    unsafe { epilogue.store(simd, outputs[J], bias, self.y.pointer(), from + J * o + channel) };
                 }
             });
         }
