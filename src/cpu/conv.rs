@@ -39,7 +39,7 @@ macro_rules! on_tiles {
 mod backward;
 
 pub use backward::{
-    OutputGradient, backward_as_made, backward_filter, backward_filter_directly, backward_input,
+    Making, OutputGradient, backward_as_made, backward_filter, backward_filter_directly, backward_input,
     backward_input_directly, takes_gradients_as_made,
 };
 

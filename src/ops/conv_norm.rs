@@ -11,7 +11,7 @@ use super::pool::pool_shape;
 use super::{require_f32, require_one_device};
 use crate::autograd::record;
 use crate::cpu::Isa;
-use crate::cpu::conv::{Purpose, backward_as_made, pack_filter, takes_gradients_as_made};
+use crate::cpu::conv::{Making, Purpose, backward_as_made, pack_filter, takes_gradients_as_made};
 use crate::cpu::conv_norm::{Maxima, forward_and_take};
 use crate::error::Result;
 use crate::tensor::{Device, Tensor, with_float};
@@ -94,13 +94,14 @@ pub fn conv2d_norm_act(
                 let of_conv = match (gradients.input, saved_x) {
                     (Some(dz), Some(x)) if takes_gradients_as_made::<T>(isa, &shape, saved_weight.is_some()) => {
                         let (x, make) = (x.as_slice(), |rows: Range<usize>, out: &mut [T]| dz.of_rows(rows, out));
+                        let making = Making { make: &make, of: dz.reads() };
                         let mut dx = None;
                         let dweight = Tensor::build([shape.o, shape.kh, shape.kw, shape.c], |dw| match saved_weight {
-                            None => backward_as_made(isa, x, &shape, &make, dw, None),
+                            None => backward_as_made(isa, x, &shape, making, dw, None),
                             Some(weight) => {
                                 dx = Some(conv2d::input_gradient(needs, &shape, |dx, accumulate| {
                                     let with_input = (weight.as_slice(), dx, accumulate);
-                                    backward_as_made(isa, x, &shape, &make, dw, Some(with_input));
+                                    backward_as_made(isa, x, &shape, making, dw, Some(with_input));
                                 }));
                             }
                         });

@@ -147,8 +147,17 @@ fn stride_classes(shape: &ConvShape, pixel: usize) -> impl Iterator<Item = (Vec<
 pub enum OutputGradient<'a, T> {
     /// In memory.
     There(&'a [T]),
-    /// Made while it is used, so that it need not go to memory: given some rows of all pictures', fills them.
-    Made(&'a (dyn Fn(Range<usize>, &mut [T]) + Sync)),
+    /// Made while it is used, so that it need not go to memory.
+    Made(Making<'a, T>),
+}
+
+/// How the gradient of a convolution's output is made.
+#[derive(Clone, Copy)]
+pub struct Making<'a, T> {
+    /// Given some rows of all pictures', fills them.
+    pub make: &'a (dyn Fn(Range<usize>, &mut [T]) + Sync),
+    /// The largest of what that reads, a value for each of the gradient: products ask for what comes next of it.
+    pub of: &'a [T],
 }
 
 impl<T> OutputGradient<'_, T> {
@@ -175,13 +184,13 @@ pub fn takes_gradients_as_made<T: Float>(isa: Isa, shape: &ConvShape, with_input
 }
 
 /// Gradients to the filter and, if asked for with the filter, to the input, of a convolution whose output's gradient is made piece by
-/// piece, for what [`takes_gradients_as_made`] accepts. `make` fills rows of it. The gradient to the input comes with whether it is added to
+/// piece, for what [`takes_gradients_as_made`] accepts. The gradient to the input comes with whether it is added to
 /// what is there.
 pub fn backward_as_made<T: Float>(
     isa: Isa,
     x: &[T],
     shape: &ConvShape,
-    make: &(dyn Fn(Range<usize>, &mut [T]) + Sync),
+    making: Making<T>,
     dfilter: &mut [f32],
     with_input: Option<(&[f32], &mut [T], bool)>,
 ) {
@@ -196,17 +205,18 @@ pub fn backward_as_made<T: Float>(
     });
     // Whole pictures, if the gradient to the input is taken of them.
     let make = |rows: Range<usize>, dy: &mut [T]| {
-        make(rows.clone(), dy);
+        (making.make)(rows.clone(), dy);
         let Some((filter, pictures, accumulate)) = &input else { return };
         for (picture, dy) in (rows.start / oh..).zip(dy.chunks_exact(oh * ow * shape.o)) {
             let mut dx = pictures[picture].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             filter.backward_input(dy, &image, &mut dx, *accumulate);
         }
     };
+    let made = OutputGradient::Made(Making { make: &make, ..making });
     if multiplies_on_tiles::<T>(isa) {
-        backward_filter_on_tiles(isa, x, OutputGradient::Made(&make), shape, dfilter);
+        backward_filter_on_tiles(isa, x, made, shape, dfilter);
     } else if winograd::rows::suits(isa, shape) {
-        winograd::rows_wgrad::backward_filter(isa, x, OutputGradient::Made(&make), shape, dfilter);
+        winograd::rows_wgrad::backward_filter(isa, x, made, shape, dfilter);
     } else {
         let make = |picture: usize, dy: &mut [T]| make(picture * oh..(picture + 1) * oh, dy);
         winograd::wgrad::backward_filter_by_pictures(isa, x, shape, &make, dfilter);

@@ -16,7 +16,7 @@
 mod pairs;
 mod places;
 
-use super::super::conv::OutputGradient;
+use super::super::conv::{Making, OutputGradient};
 use super::super::elementwise;
 use super::super::float::{Float, split};
 use super::super::gather::Gather;
@@ -274,7 +274,7 @@ impl<U: Tiles, T: Float> Sum<'_, U, T> {
             OutputGradient::There(b) => {
                 self.turn(simd, part, depth, &b[rows.start * row_len..rows.end * row_len], start * columns, count)
             }
-            OutputGradient::Made(make) => {
+            OutputGradient::Made(Making { make, .. }) => {
                 let mut made = Scratch::take(rows.len() * row_len);
                 make(rows, &mut made);
                 self.turn(simd, part, depth, &made, start * columns, count)

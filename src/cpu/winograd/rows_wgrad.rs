@@ -7,8 +7,9 @@
 use super::points::*;
 use super::rows::{Seen, depth_before, planes_at};
 use super::transforms::*;
-use crate::cpu::conv::{ConvShape, OutputGradient};
+use crate::cpu::conv::{ConvShape, Making, OutputGradient};
 use crate::cpu::float::Float;
+use crate::cpu::gemm::{Far, Parts};
 use crate::cpu::gemm_transposed::{Order, SLICE, multiply_runs, reduce};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
@@ -83,19 +84,22 @@ impl<T: Float> Task for Products<'_, T> {
         let inputs = self.seen.transform(simd);
         let (rows, row_len) = (self.seen.rows(), self.seen.shape.output()[1] * o);
         let mut made;
-        // From the first gradient of these rows on.
-        let dy = match self.dy {
-            OutputGradient::There(dy) => &dy[rows.start * row_len..rows.end * row_len],
-            OutputGradient::Made(make) => {
+        // From the first gradient of these rows on, and what the next ones are or are made of.
+        let (dy, follows) = match self.dy {
+            OutputGradient::There(dy) => (&dy[rows.start * row_len..rows.end * row_len], &dy[rows.end * row_len..]),
+            OutputGradient::Made(Making { make, of }) => {
                 made = Scratch::take(rows.len() * row_len);
                 make(rows.clone(), &mut made);
-                &made
+                (&*made, &of[rows.end * row_len..])
             }
         };
         let runs: Vec<*const f32> = (0..tiles).map(|tile| self.seen.tile(&inputs, tile).as_ptr()).collect();
         // [position][tile][column]
         let mut gradients = Scratch::<f32>::take(all_positions::<f32>() * tiles * width);
         let panel_len = depth_before::<f32>(all_positions::<f32>(), kh, c) * width;
+        let products = o.div_ceil(width) * depth_before::<f32>(all_positions::<f32>(), kh, 1) * tiles.div_ceil(SLICE);
+        let mut next_dy = Parts::new(follows.as_ptr(), rows.len() * row_len, products);
+        let mut next_x = self.seen.next_pixels(products);
         for panel in 0..o.div_ceil(width) {
             let columns = panel * width..o.min((panel + 1) * width);
             if columns.len() < width {
@@ -114,17 +118,9 @@ impl<T: Float> Task for Products<'_, T> {
                     let sums = sums.next().expect("as many as the filter has");
                     let first = self.seen.offset([row, position, plane]);
                     for (i, (runs, gradients)) in runs.chunks(SLICE).zip(gradients.chunks(SLICE * width)).enumerate() {
-                        multiply_runs(
-                            simd,
-                            runs,
-                            first..first + c,
-                            0,
-                            gradients,
-                            self.first && i == 0,
-                            sums,
-                            width,
-                            (),
-                        );
+                        let (channels, begins) = (first..first + c, self.first && i == 0);
+                        let ahead = Far([next_dy.next(runs.len()), next_x.next(runs.len())]);
+                        multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ahead);
                     }
                 }
             }

@@ -41,6 +41,11 @@ impl InputGradient {
         self.gate.as_ref().map_or(Gate::Open, |[scale, shift]| Gate::Affine([scale, shift]))
     }
 
+    /// The largest of what it is made of, a value for each of it.
+    pub(in crate::ops) fn reads<T: Float>(&self) -> &[T] {
+        self.x.as_slice()
+    }
+
     /// That of some rows of all pictures', for an input `[N, H, ...]`.
     pub(in crate::ops) fn of_rows<T: Float>(&self, rows: Range<usize>, dx: &mut [T]) {
         let row_len = self.x.dims()[2..].iter().product::<usize>();
