@@ -44,13 +44,8 @@ pub fn suits(isa: Isa, shape: &ConvShape) -> bool {
     few && shape.kw == ROW_TAPS && shape.stride[1] == PHASES
 }
 
-/// Planes of a position, whether there is a slot for all of them or not.
-const fn planes<W: Float>() -> usize {
-    PHASES / W::PER_WORD
-}
-
-/// Planes that products are taken of before each position, and of all positions.
-const fn planes_before<W: Float>() -> [usize; MAX + 1] {
+/// Planes that products are taken of before each position, and of all positions, if so many phases have a plane together.
+pub(super) const fn planes_before<W: Float>(phases: usize) -> [usize; MAX + 1] {
     let (mut before, mut position) = ([0; MAX + 1], 0);
     while position < all_positions::<W>() {
         let (mut count, mut slot) = (0, 0);
@@ -58,21 +53,21 @@ const fn planes_before<W: Float>() -> [usize; MAX + 1] {
             count += (position_of(row_axis::<W>(), slot) == position) as usize;
             slot += 1;
         }
-        before[position + 1] = before[position] + count.div_ceil(W::PER_WORD);
+        before[position + 1] = before[position] + count.div_ceil(phases);
         position += 1;
     }
     before
 }
 
 /// Planes of a position that products are taken of.
-pub(super) fn planes_at<W: Float>(position: usize) -> usize {
-    let before = const { planes_before::<W>() };
+fn planes_at<W: Float>(position: usize) -> usize {
+    let before = const { planes_before::<W>(W::PER_WORD) };
     before[position + 1] - before[position]
 }
 
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
-pub(super) fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
-    let before = const { planes_before::<W>() };
+fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
+    let before = const { planes_before::<W>(W::PER_WORD) };
     before[position] * rows * c
 }
 
@@ -120,7 +115,7 @@ pub fn forward<T: Float, W: Float>(
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
     let out = Output::new(y);
     for_each(Seen::<T, W>::count(shape), |i| {
-        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out, before: 0 });
+        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i, W::PER_WORD), filter, epilogue, y: &out, before: 0 });
     });
 }
 
@@ -142,7 +137,7 @@ pub fn forward_max_pool<T: Float, W: Float>(
     assert!(epilogue.residual.is_none());
     max_pool_as_computed(pooling, ROWS, y, |image, rows, out| {
         let before = (image * oh + rows.start) * ow * shape.o;
-        let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(out));
+        let (seen, out) = (Seen::of_rows(x, shape, image, rows, W::PER_WORD), Output::new(out));
         dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
     });
 }
@@ -236,7 +231,9 @@ pub(super) struct Seen<'a, T, W> {
     rows: Range<usize>,
     output: [usize; 2],
     /// Tiles of a row of outputs.
-    across: usize,
+    pub across: usize,
+    /// Planes of a position, whether there is a slot for all of them or not.
+    planes: usize,
     products: PhantomData<W>,
 }
 
@@ -246,20 +243,20 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
         shape.n * shape.output()[0].div_ceil(ROWS)
     }
 
-    /// One of its parts.
-    pub fn new(x: &'a [T], shape: &'a ConvShape, i: usize) -> Self {
+    /// One of its parts, if so many phases have a plane together.
+    pub fn new(x: &'a [T], shape: &'a ConvShape, i: usize, phases: usize) -> Self {
         let oh = shape.output()[0];
         let blocks = oh.div_ceil(ROWS);
         let (image, block) = (i / blocks, i % blocks);
-        Self::of_rows(x, shape, image, piece(block, blocks, oh))
+        Self::of_rows(x, shape, image, piece(block, blocks, oh), phases)
     }
 
     /// Some rows of an image.
-    fn of_rows(x: &'a [T], shape: &'a ConvShape, image: usize, rows: Range<usize>) -> Self {
+    fn of_rows(x: &'a [T], shape: &'a ConvShape, image: usize, rows: Range<usize>, phases: usize) -> Self {
         assert!(shape.c <= MAX_CHANNELS, "room for the channels");
         let output @ [_, ow] = shape.output();
         let across = ow.div_ceil(row_axis::<W>().outputs);
-        Seen { x, shape, image, rows, output, across, products: PhantomData }
+        Seen { x, shape, image, rows, output, across, planes: PHASES / phases, products: PhantomData }
     }
 
     /// Its rows among those of all images' outputs.
@@ -293,7 +290,7 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
     #[inline]
     pub fn offset(&self, [row, position, plane]: [usize; 3]) -> usize {
         let plane_len = self.across.next_multiple_of(TILES) * MAX_CHANNELS * W::PER_WORD;
-        ((row * all_positions::<W>() + position) * planes::<W>() + plane) * plane_len
+        ((row * all_positions::<W>() + position) * self.planes + plane) * plane_len
     }
 
     /// What a tile sees: its words for the filter's first row at the first position and the first plane of it lie at the beginning, and for
@@ -301,40 +298,30 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
     #[inline]
     pub fn tile<'b>(&self, inputs: &'b [W], tile: usize) -> &'b [W] {
         let (row, column) = (tile / self.across * self.shape.stride[0], tile % self.across);
-        let last = [self.shape.kh - 1, all_positions::<W>() - 1, planes::<W>() - 1];
+        let last = [self.shape.kh - 1, all_positions::<W>() - 1, self.planes - 1];
         let words = MAX_CHANNELS * W::PER_WORD;
         &inputs[self.offset([row, 0, 0]) + column * words..][..self.offset(last) + words]
     }
 
-    /// The rows of the image that the outputs see: `[row][position][plane][tile][channel]`, in words.
+    /// The rows of the image that the outputs see: `[row][position][plane][tile][channel]`, in words of phases.
     #[inline(always)]
-    pub fn transform<S: Simd>(&self, simd: S) -> Scratch<W> {
-        let ConvShape { h, w, c, kh, stride, padding, .. } = *self.shape;
-        let outputs = const { row_axis::<W>().outputs };
-        let rows = (self.rows.len() - 1) * stride[0] + kh;
-        let (tiles, row_len, plane) = (self.across, self.offset([1, 0, 0]), self.offset([0, 0, 1]));
+    fn transform<S: Simd>(&self, simd: S) -> Scratch<W> {
+        let rows = (self.rows.len() - 1) * self.shape.stride[0] + self.shape.kh;
+        let (row_len, plane) = (self.offset([1, 0, 0]), self.offset([0, 0, 1]));
         let mut out = Scratch::<W>::take(rows * row_len);
-        // A row between zeros. Inputs of a tile that follow its outputs are the next one's, and after a pixel's channels others' are read.
-        let pixels = (tiles.next_multiple_of(TILES) * outputs * PHASES + ROW_TAPS).max(w + padding[1]);
-        let mut padded = Scratch::<f32>::take(pixels * c + MAX_CHANNELS);
-        padded.fill(0.0);
-        let padded = &mut *padded;
+        let mut padded = self.room_for_row();
         for (row, out) in out.chunks_exact_mut(row_len).enumerate() {
-            let Some(row) = (self.rows.start * stride[0] + row).checked_sub(padding[0]).filter(|&row| row < h) else {
-                out.fill(W::default());
-                continue;
-            };
-            let x = &self.x[(self.image * h + row) * w * c..][..w * c];
-            copy_with(simd, x, &mut padded[padding[1] * c..][..w * c]);
-            for tile in (0..tiles).step_by(S::LANES / MAX_CHANNELS) {
+            let pixels = self.read_row(simd, row, &mut padded);
+            for tile in (0..self.across).step_by(S::LANES / MAX_CHANNELS) {
                 let [first, second] = [
-                    self.transform_phase::<S, 0>(simd, padded, tile),
-                    self.transform_phase::<S, 1>(simd, padded, tile),
+                    self.transform_phase::<S, 0>(simd, pixels, tile),
+                    self.transform_phase::<S, 1>(simd, pixels, tile),
                 ];
                 let out = &mut out[tile * MAX_CHANNELS * W::PER_WORD..];
                 unrolled!(POSITION => {
                     if const { POSITION < all_positions::<W>() } {
-                        let out = out[POSITION * planes::<W>() * plane..][..(planes::<W>() - 1) * plane + S::LANES * W::PER_WORD].as_mut_ptr();
+                        let planes = const { PHASES / W::PER_WORD };
+                        let out = out[POSITION * planes * plane..][..(planes - 1) * plane + S::LANES * W::PER_WORD].as_mut_ptr();
                         // SAFETY: a vector of words in each plane.
                         unsafe {
                             W::store_words(simd, out, first[POSITION], second[POSITION]);
@@ -347,6 +334,58 @@ impl<'a, T: Float, W: Float> Seen<'a, T, W> {
             }
         }
         out
+    }
+
+    /// The same in words of rows that are `apart` rows of outputs from each other, and of so many the first; a phase has a plane.
+    #[inline(always)]
+    pub fn transform_rows<S: Simd>(&self, simd: S, apart: usize) -> Scratch<W> {
+        let stride = self.shape.stride[0];
+        let rows = (apart - 1) * stride + self.shape.kh;
+        let (row_len, plane) = (self.offset([1, 0, 0]), self.offset([0, 0, 1]));
+        let mut out = Scratch::<W>::take(rows * row_len);
+        let mut padded = [self.room_for_row(), self.room_for_row()];
+        let [padded, others] = &mut padded;
+        for (row, out) in out.chunks_exact_mut(row_len).enumerate() {
+            let pixels = self.read_row(simd, row, padded);
+            let others = if W::PER_WORD > 1 { self.read_row(simd, row + apart * stride, others) } else { pixels };
+            for tile in (0..self.across).step_by(S::LANES / MAX_CHANNELS) {
+                let out = &mut out[tile * MAX_CHANNELS * W::PER_WORD..];
+                unrolled!(PHASE in 0 1 => {
+                    let first = self.transform_phase::<S, PHASE>(simd, pixels, tile);
+                    let last = if W::PER_WORD > 1 { self.transform_phase::<S, PHASE>(simd, others, tile) } else { first };
+                    unrolled!(POSITION => {
+                        if const { POSITION < all_positions::<W>() } {
+                            let out = out[(POSITION * PHASES + PHASE) * plane..][..S::LANES * W::PER_WORD].as_mut_ptr();
+                            // SAFETY: a vector of words.
+                            unsafe { W::store_words(simd, out, first[POSITION], last[POSITION]) };
+                        }
+                    });
+                });
+            }
+        }
+        out
+    }
+
+    /// Room for a row of pixels between zeros. Inputs of a tile that follow its outputs are the next one's, and after a pixel's channels
+    /// others' are read.
+    fn room_for_row(&self) -> Scratch<f32> {
+        let ConvShape { w, c, padding, .. } = *self.shape;
+        let pixels = self.across.next_multiple_of(TILES) * row_axis::<W>().outputs * PHASES + ROW_TAPS;
+        let mut padded = Scratch::<f32>::take(pixels.max(w + padding[1]) * c + MAX_CHANNELS);
+        padded.fill(0.0);
+        padded
+    }
+
+    /// A row of the image, counted from the first that the outputs see, which may be outside.
+    #[inline(always)]
+    fn read_row<'b, S: Simd>(&self, simd: S, row: usize, padded: &'b mut [f32]) -> &'b [f32] {
+        let ConvShape { h, w, c, stride, padding, .. } = *self.shape;
+        let pixels = &mut padded[padding[1] * c..][..w * c];
+        match (self.rows.start * stride[0] + row).checked_sub(padding[0]) {
+            Some(row) if row < h => copy_with(simd, &self.x[(self.image * h + row) * w * c..][..w * c], pixels),
+            _ => pixels.fill(0.0),
+        }
+        padded
     }
 
     /// `B^T d` of a phase of as many tiles as a vector has, from `tile` on.
