@@ -46,10 +46,12 @@ const ENOUGH_PARTS: usize = 8;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
+/// If there are no more than these, all together: then sums are stored once, and need not be loaded again.
+const ALL_WORDS: usize = 128;
 /// Words ahead of the one whose filters are transformed whose taps are asked for.
 const WORDS_AHEAD: usize = 4;
 /// What a tile reads that lacks a slot.
-static ZEROS: [f32; WORDS] = [0.0; WORDS];
+static ZEROS: [f32; ALL_WORDS] = [0.0; ALL_WORDS];
 /// Tiles whose inputs a task transforms.
 const TOGETHER: usize = 4;
 /// Tiles that one picture has at most; pictures of a batch are already apart.
@@ -186,11 +188,12 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Convolution<'a, T, W, STRIDE> 
 
     /// What is multiplied at a slot, some words of all tiles, lies together.
     fn layout(&self, part: &Part) -> Layout {
-        let words = self.filter.c / W::PER_WORD;
-        let tile = words.min(WORDS) * W::PER_WORD;
+        let all = self.filter.c / W::PER_WORD;
+        let words = if all <= ALL_WORDS { all } else { WORDS };
+        let tile = words * W::PER_WORD;
         let block = part.places.len() * tile;
-        let slot = spread(words.div_ceil(WORDS) * block);
-        Layout { row: slots(Self::AXIS) * slot, slot, tile, block, words: WORDS }
+        let slot = spread(all.div_ceil(words) * block);
+        Layout { row: slots(Self::AXIS) * slot, slot, tile, block, words }
     }
 
     /// Transforms the inputs of some tiles of a part.
@@ -233,11 +236,11 @@ impl<W: Float, const STRIDE: usize> Task for Strip<'_, W, STRIDE> {
         let position_len = spread(panels * self.part.room() * width);
         let mut sums = Scratch::<f32>::take(across * across * position_len);
         let words = c / W::PER_WORD;
-        let value_len = spread(panels * WORDS.min(words) * width * W::PER_WORD);
+        let value_len = spread(panels * self.layout.words * width * W::PER_WORD);
         let mut filters = Scratch::<W>::take(const { values::<W>(STRIDE) } * value_len);
         // Taps are read from memory once and then from L2, and sums, of which there is more, one after the other.
-        for start in (0..words).step_by(WORDS) {
-            let words = start..words.min(start + WORDS);
+        for start in (0..words).step_by(self.layout.words) {
+            let words = start..words.min(start + self.layout.words);
             for value in 0..const { values::<W>(STRIDE) } {
                 self.transform_filters(simd, value, words.clone(), columns, &mut filters);
                 let rows = 0..slots(axis::<W>(STRIDE));
@@ -344,7 +347,8 @@ impl<W: Float, const STRIDE: usize> Strip<'_, W, STRIDE> {
         for slot in (0..slots(axis::<W>(STRIDE))).filter(|&slot| Slots::<W, STRIDE>::position(slot) == j) {
             let filters =
                 &filters[Slots::<W, STRIDE>::value(slot) * spread(panels * depth * width)..][..panels * depth * width];
-            let inputs = &self.inputs[row * layout.row + slot * layout.slot + words.start / WORDS * layout.block..];
+            let inputs =
+                &self.inputs[row * layout.row + slot * layout.slot + words.start / layout.words * layout.block..];
             let inputs = &inputs[..(part.places.len() - 1) * layout.tile + depth];
             // For each class, where the inputs of a first tile would begin and how far it is to the next, or zeros if it lacks one of the slots.
             let starts = part.outputs.map(|[down, across]| {
