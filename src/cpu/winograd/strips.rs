@@ -46,7 +46,8 @@ const ENOUGH_PARTS: usize = 8;
 /// Words of input channels whose filters are transformed together: their filters at a position stay in L1 while the tiles pass,
 /// and those of a row of positions in L2.
 pub(super) const WORDS: usize = 64;
-/// If there are no more than these, all together: then sums are stored once, and need not be loaded again.
+/// If there are no more than these, all together: then sums are stored once, and need not be loaded again. Not with a stride of two, whose
+/// sums of several slots would be added up in another order than [`few`] has.
 const ALL_WORDS: usize = 128;
 /// Words ahead of the one whose filters are transformed whose taps are asked for.
 const WORDS_AHEAD: usize = 4;
@@ -189,7 +190,7 @@ impl<'a, T: Float, W: Float, const STRIDE: usize> Convolution<'a, T, W, STRIDE> 
     /// What is multiplied at a slot, some words of all tiles, lies together.
     fn layout(&self, part: &Part) -> Layout {
         let all = self.filter.c / W::PER_WORD;
-        let words = if all <= ALL_WORDS { all } else { WORDS };
+        let words = if STRIDE != 2 && all <= ALL_WORDS { all } else { all.min(WORDS) };
         let tile = words * W::PER_WORD;
         let block = part.places.len() * tile;
         let slot = spread(all.div_ceil(words) * block);
