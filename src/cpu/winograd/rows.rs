@@ -14,6 +14,7 @@ use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::{Float, copy_with};
 use crate::cpu::gemm::{Epilogue, Far, Near, Output, Parts, Stream, TILE_ROWS, Tile};
+use crate::cpu::isa::products_ask_for_others;
 use crate::cpu::parallel::{for_each, piece};
 use crate::cpu::pool::{PoolShape, max_pool_as_computed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -183,8 +184,7 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
         let depth = depth_before::<W>(all_positions::<W>(), kh, c);
         // Products leave memory idle, and transforms wait for nothing else.
         let products = o.div_ceil(width) * all_positions::<W>() * (room / TILE_ROWS);
-        let mut written = self.results(products);
-        let mut read = seen.next_pixels(products);
+        let mut others = products_ask_for_others().then(|| [self.results(products), seen.next_pixels(products)]);
         for (panel, filters) in self.filter.panels.chunks_exact(depth * row).enumerate() {
             let columns = width.min(o - panel * width);
             for (position, sums) in sums.chunks_exact_mut(room * width).enumerate() {
@@ -200,11 +200,17 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                     let next = sums.as_ptr_range().end;
                     let words = runs.len() * c;
                     let near = Near([Stream::new(next, TILE_ROWS * width, words)]);
-                    let ahead = (near, Far([written.next(words), read.next(words)]));
-                    let tile = Tile { first, ..Tile::of_sums(runs, c, b, extents, sums.as_mut_ptr(), ahead) };
+                    let sums = sums.as_mut_ptr();
                     // SAFETY: a tile has its words at every place of every row, and `b` has as many rows as runs have words, as
                     // asserted; there is a full tile of sums.
-                    unsafe { tile.compute(simd) };
+                    unsafe {
+                        if let Some(others) = &mut others {
+                            let ahead = (near, Far(others.each_mut().map(|parts| parts.next(words))));
+                            Tile { first, ..Tile::of_sums(runs, c, b, extents, sums, ahead) }.compute(simd);
+                        } else {
+                            Tile { first, ..Tile::of_sums(runs, c, b, extents, sums, near) }.compute(simd);
+                        }
+                    }
                 }
             }
             let channels = panel * width..panel * width + columns;

@@ -11,6 +11,7 @@ use crate::cpu::conv::{ConvShape, Making, OutputGradient};
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Parts};
 use crate::cpu::gemm_transposed::{Order, SLICE, multiply_runs, reduce};
+use crate::cpu::isa::products_ask_for_others;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
 use rayon::prelude::*;
@@ -127,8 +128,8 @@ impl<T: Float, W: Float> Task for Products<'_, T, W> {
         let slots = const { all_slots::<W>() };
         let panel_len = slots * kh * c * width;
         let products = o.div_ceil(width) * slots * kh * words.div_ceil(SLICE);
-        let mut next_dy = Parts::new(follows.as_ptr(), rows.len() * row_len, products);
-        let mut next_x = self.seen.next_pixels(products);
+        let next_dy = Parts::new(follows.as_ptr(), rows.len() * row_len, products);
+        let mut others = products_ask_for_others().then(|| [next_dy, self.seen.next_pixels(products)]);
         for panel in 0..o.div_ceil(width) {
             let columns = panel * width..o.min((panel + 1) * width);
             if columns.len() < width {
@@ -156,8 +157,12 @@ impl<T: Float, W: Float> Task for Products<'_, T, W> {
                     let gradients = gradients.chunks(SLICE * width * W::PER_WORD);
                     for (i, (runs, gradients)) in runs.chunks(SLICE).zip(gradients).enumerate() {
                         let (channels, begins) = (first..first + c, self.first && i == 0);
-                        let ahead = Far([next_dy.next(runs.len()), next_x.next(runs.len())]);
-                        multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ahead);
+                        if let Some(others) = &mut others {
+                            let ahead = Far(others.each_mut().map(|parts| parts.next(runs.len())));
+                            multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ahead);
+                        } else {
+                            multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ());
+                        }
                     }
                 }
             }
