@@ -216,7 +216,7 @@ pub fn backward_as_made<T: Float>(
     if multiplies_on_tiles::<T>(isa) {
         backward_filter_on_tiles(isa, x, made, shape, dfilter);
     } else if winograd::rows::suits(isa, shape) {
-        winograd::rows_wgrad::backward_filter(isa, x, made, shape, dfilter);
+        winograd::rows::wgrad::backward_filter(isa, x, made, shape, dfilter);
     } else {
         let make = |picture: usize, dy: &mut [T]| make(picture * oh..(picture + 1) * oh, dy);
         winograd::wgrad::backward_filter_by_pictures(isa, x, shape, &make, dfilter);
@@ -228,7 +228,7 @@ pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: &[T], shape: &ConvShape,
     if multiplies_on_tiles::<T>(isa) {
         backward_filter_directly(isa, x, dy, shape, dfilter);
     } else if winograd::rows::suits(isa, shape) {
-        winograd::rows_wgrad::backward_filter(isa, x, OutputGradient::There(dy), shape, dfilter);
+        winograd::rows::wgrad::backward_filter(isa, x, OutputGradient::There(dy), shape, dfilter);
     } else if winograd::wgrad::suits::<T>(isa, shape) {
         winograd::wgrad::backward_filter(isa, x, dy, shape, dfilter);
     } else {

@@ -19,7 +19,6 @@ mod pairs;
 mod parts;
 mod points;
 pub mod rows;
-pub mod rows_wgrad;
 pub mod strips;
 mod tiles;
 mod tilings;

@@ -45,10 +45,15 @@ pub fn suits<T: Float>(isa: Isa, shape: &ConvShape) -> bool {
     // Rounding errors of bf16 are large enough to matter to such an optimiser in any layer.
     let exact = T::PER_WORD == 1 || !super::multiplies::<T>(isa);
     let few = exact && shape.c.max(shape.o) <= MAX_CHANNELS_OF_FEW;
-    let enough = few || shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS;
+    let enough = few || has_many_pixels(shape);
     // With a stride little more than half of the products are left: tiles multiply all of them sooner.
     let saves = shape.stride == [1, 1] || !isa.has_tiles();
     saves && enough && super::algorithm(isa, shape, shape.c, shape.o) != Algorithm::Direct
+}
+
+/// Whether sums go over so many pixels that rounding errors of transformed values do not matter.
+pub(super) fn has_many_pixels(shape: &ConvShape) -> bool {
+    shape.n * shape.output().iter().product::<usize>() >= MANY_PIXELS
 }
 
 /// Gradient to filters `[o, 3, 3, c]`, for what [`suits`] accepts.

@@ -1,12 +1,14 @@
 //! Winograd's algorithm along rows for the gradient to the filter of the network's first layer.
 //!
-//! The transpose of [`super::rows`]: gradients of a tile's outputs are transformed to the positions (`A`), the inputs to the slots as there,
+//! The transpose of [`super`]: gradients of a tile's outputs are transformed to the positions (`A`), the inputs to the slots as there,
 //! and products at a slot, summed over all tiles, are transformed to the gradient of the taps (`G^T`). The sum goes over tiles, so that a
 //! pair of bf16 has to be of two of them: one in the first half of some rows, and the one at the same place in the second half.
 
-use super::points::*;
-use super::rows::{Seen, planes_before};
-use super::transforms::*;
+use super::super::points::*;
+use super::super::transforms::*;
+use super::super::{multiplies, wgrad};
+use super::planes_before;
+use super::seen::Seen;
 use crate::cpu::conv::{ConvShape, Making, OutputGradient};
 use crate::cpu::float::Float;
 use crate::cpu::gemm::{Far, Parts};
@@ -20,9 +22,9 @@ use std::ops::Range;
 /// Tasks at most; each has sums of its own, which are added in their order.
 const TASKS: usize = 32;
 
-/// Gradient to the filter, `[o, kh, 7, c]`, of a convolution that [`super::rows::suits`].
+/// Gradient to the filter, `[o, kh, 7, c]`, of a convolution that [`super::suits`].
 pub fn backward_filter<T: Float>(isa: Isa, x: &[T], dy: OutputGradient<T>, shape: &ConvShape, dfilter: &mut [f32]) {
-    match super::multiplies::<T>(isa) {
+    match multiplies::<T>(isa) && wgrad::has_many_pixels(shape) {
         true => backward_filter_by::<T, T>(isa, x, dy, shape, dfilter),
         false => backward_filter_by::<T, f32>(isa, x, dy, shape, dfilter),
     }
