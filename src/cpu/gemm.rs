@@ -19,7 +19,7 @@ use super::gather::Gather;
 use super::parallel::for_each;
 use super::simd::{Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-pub(super) use ahead::{Ahead, Far, Near, Parts, Stream};
+pub(super) use ahead::{Ahead, Far, Near, Shares, Stream};
 pub use epilogue::Epilogue;
 pub(super) use epilogue::Output;
 pub use packed::PackedB;
@@ -138,8 +138,10 @@ impl<T: Float> Task for Block<'_, T> {
                     assert!(b_block.len() >= b_len * T::PER_WORD && block.words.end <= run);
                     // What follows of B, which few rows read once.
                     let next = b_block.as_ptr().cast::<f32>().wrapping_add(b_len);
+                    let mut next = Shares::new(next, b_len, 2 * tiles);
                     for tile in 0..tiles {
-                        let ahead = Far::share(next, b_len, [tile, tiles], block.taps.len() * words);
+                        let asked_with = block.taps.len() * words;
+                        let ahead = Far([next.next(asked_with), next.next(asked_with)]);
                         let sums = partial.get_mut((panel - first) * sums_len + tile * TILE_ROWS * width..);
                         let sums = sums.map_or(std::ptr::null_mut(), |sums| sums.as_mut_ptr());
                         let tile = Tile {

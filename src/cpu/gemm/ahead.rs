@@ -30,24 +30,25 @@ impl Stream {
     }
 }
 
-/// What so many tiles ask for, a part each.
-pub(in crate::cpu) struct Parts {
+/// What so many tiles ask for together, a share each.
+pub(in crate::cpu) struct Shares {
     next: *const f32,
     each: usize,
 }
 
-impl Parts {
-    /// Of `len` values from `from` on, which may lie anywhere.
-    pub(in crate::cpu) fn new<T>(from: *const T, len: usize, tiles: usize) -> Self {
-        Parts { next: from.cast(), each: (len * size_of::<T>()).div_ceil(size_of::<f32>() * tiles.max(1)) }
+impl Shares {
+    /// Of `len` values from `from` on, which may lie anywhere. A tile may take more than one.
+    #[inline(always)]
+    pub(in crate::cpu) fn new<T>(from: *const T, len: usize, shares: usize) -> Self {
+        Shares { next: from.cast(), each: (len * size_of::<T>()).div_ceil(size_of::<f32>() * shares.max(1)) }
     }
 
-    /// The next part, to be asked for while `words` words are multiplied.
+    /// The next, to be asked for while `words` words are multiplied.
     #[inline(always)]
     pub(in crate::cpu) fn next(&mut self, words: usize) -> Stream {
-        let part = self.next;
-        self.next = part.wrapping_add(self.each);
-        Stream::new(part, self.each, words)
+        let share = self.next;
+        self.next = share.wrapping_add(self.each);
+        Stream::new(share, self.each, words)
     }
 }
 
@@ -86,16 +87,6 @@ impl<const N: usize> Ahead for Near<N> {
 /// What later tiles need, into L2.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Far<const N: usize>(pub(in crate::cpu) [Stream; N]);
-
-impl Far<2> {
-    /// The share of tile `i` of `tiles` that ask for `floats` floats together, a half of it by each of two streams, while `words` words
-    /// are multiplied.
-    #[inline(always)]
-    pub(in crate::cpu) fn share(from: *const f32, floats: usize, [i, tiles]: [usize; 2], words: usize) -> Self {
-        let half = floats.div_ceil(2 * tiles.max(1));
-        Far([2 * i, 2 * i + 1].map(|i| Stream::new(from.wrapping_add(i * half), half, words)))
-    }
-}
 
 impl<const N: usize> Ahead for Far<N> {
     #[inline(always)]

@@ -11,7 +11,7 @@ use super::tiles::{Inputs, Layout, Outputs, finish};
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Ahead, Epilogue, Far, Output, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Ahead, Epilogue, Far, Output, Shares, TILE_ROWS, Tile};
 use crate::cpu::isa::products_ask_for_others;
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -230,15 +230,15 @@ impl<W: Float> Task for Panel<'_, W> {
         for (position, products) in products.chunks_exact_mut(position_len).enumerate() {
             let b = &filters[position * panels_len..][..panel_len];
             // The filters at the next position.
-            let next = b.as_ptr().wrapping_add(panels_len).cast();
+            let next = b.as_ptr().wrapping_add(panels_len);
             let tiles = part.tiles_at([position / across, position % across]);
-            let groups = tiles.len().div_ceil(TILE_ROWS);
+            let mut next = Shares::new(next, panel_len, 2 * tiles.len().div_ceil(TILE_ROWS));
             let sums = products.chunks_exact_mut(TILE_ROWS * width);
-            for (i, (first, sums)) in tiles.clone().step_by(TILE_ROWS).zip(sums).enumerate() {
+            for (first, sums) in tiles.clone().step_by(TILE_ROWS).zip(sums) {
                 let rows = TILE_ROWS.min(tiles.end - first);
                 let start = inputs.as_ptr().cast::<f32>().wrapping_add(first * tile_len + position * words);
                 let runs = &[std::array::from_fn(|lane| start.wrapping_add(lane.min(rows - 1) * tile_len))];
-                let filters @ Far([first, second]) = Far::share(next, words * width, [i, groups], words);
+                let [first, second] = [next.next(words), next.next(words)];
                 // SAFETY: a tile has `depth` values at each position, as asserted, `b` has as many full rows, and there is room for a full
                 // tile of sums.
                 unsafe {
@@ -247,7 +247,7 @@ impl<W: Float> Task for Panel<'_, W> {
                         let ahead = Far([first, second, written.next(words), read.next(words)]);
                         products_of(simd, runs, words, b, [rows, columns], sums, ahead);
                     } else {
-                        products_of(simd, runs, words, b, [rows, columns], sums, filters);
+                        products_of(simd, runs, words, b, [rows, columns], sums, Far([first, second]));
                     }
                 }
             }

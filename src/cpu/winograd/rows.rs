@@ -16,13 +16,13 @@ use super::points::*;
 use super::transforms::*;
 use crate::cpu::conv::ConvShape;
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Epilogue, Far, Near, Output, Parts, Stream, TILE_ROWS, Tile};
+use crate::cpu::gemm::{Epilogue, Far, Near, Output, Shares, Stream, TILE_ROWS, Tile};
 use crate::cpu::isa::products_ask_for_others;
 use crate::cpu::parallel::for_each;
 use crate::cpu::pool::{PoolShape, max_pool_as_computed};
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
 use crate::tensor::pool::Scratch;
-use seen::{MAX_CHANNELS, ROWS, Seen};
+use seen::{MAX_CHANNELS, ROWS_OF_TASK, Seen, phases_of_plane};
 use std::ops::Range;
 
 /// Transformed filters `[panel][position][filter row][plane][channel][column]`, in words. `W` is the type whose products are taken; a
@@ -41,8 +41,8 @@ pub fn suits(isa: Isa, shape: &ConvShape) -> bool {
     few && shape.kw == ROW_TAPS && shape.stride[1] == PHASES
 }
 
-/// Planes that products are taken of before each position, and of all positions, if so many phases have a plane together.
-const fn planes_before<W: Float>(phases: usize) -> [usize; MAX + 1] {
+/// Planes that products are taken of before each position, and of all positions, in words of `rows` or of phases.
+const fn planes_before<W: Float>(rows: bool) -> [usize; MAX + 1] {
     let (mut before, mut position) = ([0; MAX + 1], 0);
     while position < all_positions::<W>() {
         let (mut count, mut slot) = (0, 0);
@@ -50,7 +50,7 @@ const fn planes_before<W: Float>(phases: usize) -> [usize; MAX + 1] {
             count += (position_of(row_axis::<W>(), slot) == position) as usize;
             slot += 1;
         }
-        before[position + 1] = before[position] + count.div_ceil(phases);
+        before[position + 1] = before[position] + count.div_ceil(phases_of_plane::<W>(rows));
         position += 1;
     }
     before
@@ -58,13 +58,13 @@ const fn planes_before<W: Float>(phases: usize) -> [usize; MAX + 1] {
 
 /// Planes of a position that products are taken of.
 fn planes_at<W: Float>(position: usize) -> usize {
-    let before = const { planes_before::<W>(W::PER_WORD) };
+    let before = const { planes_before::<W>(false) };
     before[position + 1] - before[position]
 }
 
 /// Rows of a panel before those of `position`, for filters of `rows` rows and `c` channels.
 fn depth_before<W: Float>(position: usize, rows: usize, c: usize) -> usize {
-    let before = const { planes_before::<W>(W::PER_WORD) };
+    let before = const { planes_before::<W>(false) };
     before[position] * rows * c
 }
 
@@ -111,8 +111,8 @@ pub fn forward<T: Float, W: Float>(
     check_operands(shape, [filter.c, filter.o], x, &epilogue, y);
     assert_eq!((shape.kw, shape.stride[1]), (ROW_TAPS, PHASES));
     let out = Output::new(y);
-    for_each(Seen::<T, W>::count(shape), |i| {
-        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i, W::PER_WORD), filter, epilogue, y: &out, before: 0 });
+    for_each(Seen::<T, W, false>::count(shape), |i| {
+        dispatch(filter.isa, Rows { seen: Seen::new(x, shape, i), filter, epilogue, y: &out, before: 0 });
     });
 }
 
@@ -132,16 +132,16 @@ pub fn forward_max_pool<T: Float, W: Float>(
     shape.check(x.len(), shape.n * oh * ow * shape.o);
     epilogue.check(shape.o, shape.n * oh * ow * shape.o);
     assert!(epilogue.residual.is_none());
-    max_pool_as_computed(pooling, ROWS, y, |image, rows, out| {
+    max_pool_as_computed(pooling, ROWS_OF_TASK, y, |image, rows, out| {
         let before = (image * oh + rows.start) * ow * shape.o;
-        let (seen, out) = (Seen::of_rows(x, shape, image, rows, W::PER_WORD), Output::new(out));
+        let (seen, out) = (Seen::of_rows(x, shape, image, rows), Output::new(out));
         dispatch(filter.isa, Rows { seen, filter, epilogue, y: &out, before });
     });
 }
 
 /// Some rows of outputs of an image.
 struct Rows<'a, T, W> {
-    seen: Seen<'a, T, W>,
+    seen: Seen<'a, T, W, false>,
     filter: &'a RowFilter<W>,
     epilogue: Epilogue<'a, T>,
     y: &'a Output<T>,
@@ -201,7 +201,7 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
                     // asserted; there is a full tile of sums.
                     unsafe {
                         if let Some(others) = &mut others {
-                            let ahead = (near, Far(others.each_mut().map(|parts| parts.next(words))));
+                            let ahead = (near, Far(others.each_mut().map(|shares| shares.next(words))));
                             Tile { first, ..Tile::of_sums(runs, c, b, extents, sums, ahead) }.compute(simd);
                         } else {
                             Tile { first, ..Tile::of_sums(runs, c, b, extents, sums, near) }.compute(simd);
@@ -227,9 +227,9 @@ impl<T: Float, W: Float> Task for Rows<'_, T, W> {
 
 impl<T: Float, W: Float> Rows<'_, T, W> {
     /// Where its results go, for so many tiles to ask for.
-    fn results(&self, tiles: usize) -> Parts {
+    fn results(&self, tiles: usize) -> Shares {
         let (rows, row_len) = (self.seen.rows(), self.seen.shape.output()[1] * self.seen.shape.o);
-        Parts::new(self.y.pointer().wrapping_add(rows.start * row_len - self.before), rows.len() * row_len, tiles)
+        Shares::new(self.y.pointer().wrapping_add(rows.start * row_len - self.before), rows.len() * row_len, tiles)
     }
 
     /// `A^T m` of a tile and some channels with the epilogue, to `count` outputs from the `first` on.

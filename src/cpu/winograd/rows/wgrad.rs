@@ -11,7 +11,7 @@ use super::planes_before;
 use super::seen::Seen;
 use crate::cpu::conv::{ConvShape, Making, OutputGradient};
 use crate::cpu::float::Float;
-use crate::cpu::gemm::{Far, Parts};
+use crate::cpu::gemm::{Far, Shares};
 use crate::cpu::gemm_transposed::{Order, SLICE, multiply_runs, reduce};
 use crate::cpu::isa::products_ask_for_others;
 use crate::cpu::simd::{Isa, Simd, Task, dispatch};
@@ -41,7 +41,7 @@ fn backward_filter_by<T: Float, W: Float>(
     let ConvShape { c, o, kh, .. } = *shape;
     shape.check(x.len(), dy.len(shape));
     assert_eq!(dfilter.len(), o * kh * ROW_TAPS * c);
-    let (parts, width) = (Seen::<T, W>::count(shape), isa.tile_columns());
+    let (parts, width) = (Seen::<T, W, true>::count(shape), isa.tile_columns());
     let parts_each = parts.div_ceil(TASKS).max(1);
     let (tasks, depth) = (parts.div_ceil(parts_each).max(1), all_slots::<W>() * kh * c);
     // [task][panel][position][filter row][phase][channel][column]
@@ -53,7 +53,7 @@ fn backward_filter_by<T: Float, W: Float>(
     sums.par_chunks_exact_mut(len).enumerate().for_each(|(task, sums)| {
         for i in (task * parts_each)..parts.min((task + 1) * parts_each) {
             let first = i == task * parts_each;
-            dispatch(isa, Products::<T, W> { seen: Seen::new(x, shape, i, 1), dy, first, sums });
+            dispatch(isa, Products::<T, W> { seen: Seen::new(x, shape, i), dy, first, sums });
         }
     });
     let mut total = Scratch::<f32>::take(depth * o);
@@ -63,7 +63,7 @@ fn backward_filter_by<T: Float, W: Float>(
 
 /// Slots before each position, one for each phase that has it, and all slots.
 const fn slots_before<W: Float>() -> [usize; MAX + 1] {
-    planes_before::<W>(1)
+    planes_before::<W>(true)
 }
 
 /// All of them.
@@ -93,7 +93,7 @@ fn transform_sums<W: Float>(sums: &[f32], shape: &ConvShape, dfilter: &mut [f32]
 
 /// The products of some rows of outputs of an image.
 struct Products<'a, T, W> {
-    seen: Seen<'a, T, W>,
+    seen: Seen<'a, T, W, true>,
     dy: OutputGradient<'a, T>,
     /// Whether they are the first of their sums.
     first: bool,
@@ -109,11 +109,8 @@ impl<T: Float, W: Float> Task for Products<'_, T, W> {
         let ConvShape { c, o, kh, .. } = *self.seen.shape;
         let width = S::LANES * S::VECTORS;
         let (rows, row_len) = (self.seen.rows(), self.seen.shape.output()[1] * o);
-        // Rows from the first value of a word to the last.
-        let apart = rows.len().div_ceil(W::PER_WORD);
-        let inputs = self.seen.transform_rows(simd, apart);
-        let inputs = &*inputs;
-        let words = apart * self.seen.across;
+        let inputs = self.seen.transform(simd);
+        let (inputs, words) = (&*inputs, self.seen.words());
         let mut made;
         // From the first gradient of these rows on, and what the next ones are or are made of.
         let (dy, follows) = match self.dy {
@@ -130,7 +127,7 @@ impl<T: Float, W: Float> Task for Products<'_, T, W> {
         let slots = const { all_slots::<W>() };
         let panel_len = slots * kh * c * width;
         let products = o.div_ceil(width) * slots * kh * words.div_ceil(SLICE);
-        let next_dy = Parts::new(follows.as_ptr(), rows.len() * row_len, products);
+        let next_dy = Shares::new(follows.as_ptr(), rows.len() * row_len, products);
         let mut others = products_ask_for_others().then(|| [next_dy, self.seen.next_pixels(products)]);
         for panel in 0..o.div_ceil(width) {
             let columns = panel * width..o.min((panel + 1) * width);
@@ -160,7 +157,7 @@ impl<T: Float, W: Float> Task for Products<'_, T, W> {
                     for (i, (runs, gradients)) in runs.chunks(SLICE).zip(gradients).enumerate() {
                         let (channels, begins) = (first..first + c, self.first && i == 0);
                         if let Some(others) = &mut others {
-                            let ahead = Far(others.each_mut().map(|parts| parts.next(runs.len())));
+                            let ahead = Far(others.each_mut().map(|shares| shares.next(runs.len())));
                             multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ahead);
                         } else {
                             multiply_runs(simd, runs, channels, 0, gradients, begins, sums, width, ());
